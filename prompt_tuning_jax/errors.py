@@ -38,7 +38,7 @@ _MAX_LISTED = 12
 
 
 def suggest(name: str, known: Iterable[str], *, most: int = _MAX_LISTED) -> str:
-    """Suggest the known name that was probably meant, and list at most ``most`` of them.
+    """Suggests the known name that was probably meant, and lists at most ``most`` of them.
 
     >>> suggest("acuracy", ["accuracy", "f1_macro"])
     "did you mean 'accuracy'? There are: accuracy, f1_macro"
@@ -54,7 +54,7 @@ def suggest(name: str, known: Iterable[str], *, most: int = _MAX_LISTED) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that was probably meant; None if no name is similar."""
+    """Returns the known name that was probably meant; None if no name is similar."""
     return next(iter(difflib.get_close_matches(name, [*known], n=1, cutoff=0.6)), None)
 
 
@@ -67,17 +67,17 @@ _SHORT = {"\n": "\\n", "\r": "\\r"}
 
 
 def printable(text: str) -> str:
-    r"""The text in one line, with terminal control characters escaped: ``\x1b``."""
+    r"""Returns the text in one line, with terminal control characters escaped: ``\x1b``."""
     return _CONTROL.sub(lambda match: _SHORT.get(match[0]) or _escaped(match[0]), text)
 
 
 def printable_lines(text: str) -> str:
-    """``printable`` of each line of the text."""
+    """Returns ``printable`` of each line of the text."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def printable_json(text: str) -> str:
-    r"""Equivalent JSON, with terminal control characters escaped: ``\u001b``."""
+    r"""Returns equivalent JSON, with terminal control characters escaped: ``\u001b``."""
     return _CONTROL.sub(
         lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text
     )
@@ -92,7 +92,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def with_named_arguments(function: F) -> F:
-    """The function, raising UserError where a wrong call would raise a bare TypeError."""
+    """Returns the function, raising UserError where a wrong call would raise a bare TypeError."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)

@@ -23,7 +23,7 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef[Any], FlatParams]:
 
 
 def _value(leaf: Any) -> Array:
-    """A parameter's value; a key for dropout is an array by itself."""
+    """Returns a parameter's value; a key for dropout is an array by itself."""
     value: Array = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
     return value
 

@@ -117,7 +117,7 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
 
 
 def natural_order(name: str) -> list[tuple[bool, int, str]]:
-    """A key that sorts seed_2 before seed_10."""
+    """Returns a key that sorts seed_2 before seed_10."""
     return [
         (not part.isdecimal(), int(part) if part.isdecimal() else 0, part)
         for part in re.split(r"(\d{1,18})", name)
@@ -125,6 +125,9 @@ def natural_order(name: str) -> list[tuple[bool, int, str]]:
 
 
 def user_cache(name: str) -> Path:
-    """``$XDG_CACHE_HOME/prompt_tuning_jax/NAME``; ``~/.cache`` is used if that is not set."""
+    """Returns ``$XDG_CACHE_HOME/prompt_tuning_jax/NAME``.
+
+    ``~/.cache`` is used if that is not set.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "prompt_tuning_jax" / name

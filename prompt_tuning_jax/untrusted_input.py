@@ -37,7 +37,7 @@ class NumberText(str):
 
 
 def json_type(value: Any) -> str:
-    """Name a decoded value as JSON names it, with its article: ``an object``, ``a number``."""
+    """Names a decoded value as JSON does, with its article: ``an object``, ``a number``."""
     if isinstance(value, NumberText | int | float) and not isinstance(value, bool):
         return "a number"
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
@@ -51,7 +51,7 @@ def read_json(
     parse_numbers_as_text: bool = False,
     max_bytes: int = MAX_BYTES,
 ) -> Any:
-    """The value of a JSON text.
+    """Returns the value of a JSON text.
 
     With ``parse_numbers_as_text``, numbers are returned as ``NumberText``, as they are spelled, and
     ``NaN``, which Python and pandas write for a missing value, as None.  Raises UserError, in one
@@ -99,7 +99,7 @@ def read_json(
 
 
 def read_json_file(path: Path, *, of: str | None = None, max_bytes: int = MAX_BYTES) -> Any:
-    """The value of a JSON file; at most ``max_bytes`` are read.
+    """Returns the value of a JSON file; at most ``max_bytes`` are read.
 
     Raises UserError as ``read_json`` does (``of`` defaults to the path), and for a file that cannot
     be read.
@@ -116,7 +116,9 @@ def read_json_file(path: Path, *, of: str | None = None, max_bytes: int = MAX_BY
 
 
 def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
-    """Valid JSON of a value: nan and infinities become null, and non-ASCII text is not escaped.
+    """Returns valid JSON of a value.
+
+    NaN and infinities become null, and non-ASCII text is not escaped.
 
     NumPy numbers are written like Python's.  Raises TypeError for a value that JSON has no form of.
     """
@@ -186,7 +188,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def has_surrogate(text: str) -> bool:
-    """Whether a text has a lone surrogate, which UTF-8 cannot represent."""
+    """Returns whether a text has a lone surrogate, which UTF-8 cannot represent."""
     return not text.isascii() and _LONE_SURROGATE.search(text) is not None
 
 
@@ -217,7 +219,9 @@ _MAX_HEADER_BYTES = 2**24
 
 
 def stored_bytes(path: Path) -> int:
-    """Bytes on the disk of a file, or of all files below a folder; holes in sparse files count 0.
+    """Returns the bytes on the disk of a file, or of all files below a folder.
+
+    Holes in sparse files count 0.
 
     Links are followed, because a cache may keep its files elsewhere.
     """
@@ -234,7 +238,7 @@ def stored_bytes(path: Path) -> int:
 
 
 def require_stored(claimed: int, stored: int, *, of: str) -> None:
-    """UserError if far more bytes are claimed than compression can explain."""
+    """Raises UserError if far more bytes are claimed than compression can explain."""
     if claimed > max(_ALWAYS_ALLOWED, _MAX_COMPRESSION * stored):
         raise UserError(
             f"{of} claims {claimed} bytes, but only {stored} are stored: the copy is incomplete or "
@@ -243,7 +247,7 @@ def require_stored(claimed: int, stored: int, *, of: str) -> None:
 
 
 def require_whole(path: Path) -> None:
-    """UserError for a file that is nearly all holes, like an unfinished copy.
+    """Raises UserError for a file that is nearly all holes, like an unfinished copy.
 
     Every file in a folder is checked.  A header that is far too long is an error, too.
     """
@@ -262,7 +266,9 @@ _MAX_BYTES = 1 << 23  # of a compiled pattern
 
 
 def compile_pattern(pattern: str, *, of: str) -> Any:
-    """A compiled expression in RE2's syntax: that of ``re`` without lookaround and backreferences.
+    """Returns a compiled expression in RE2's syntax.
+
+    It is that of ``re`` without lookaround and backreferences.
 
     Its ``fullmatch`` tells whether a whole path matches.  Raises UserError, which begins with
     ``of`` (a field), for an invalid or too large expression.
@@ -279,7 +285,7 @@ def compile_pattern(pattern: str, *, of: str) -> Any:
 
 
 def shown(pattern: str) -> str:
-    """A pattern as messages quote it."""
+    """Returns a pattern as messages quote it."""
     return repr(pattern) if len(pattern) <= 80 else f"{pattern[:77]!r}..."
 
 

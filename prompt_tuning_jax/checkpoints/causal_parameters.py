@@ -9,7 +9,7 @@ HEAD = "decoder/logits_dense"
 
 
 def causal_parameter_shapes(config: CausalLMConfig) -> dict[str, tuple[int, ...]]:
-    """Every frozen parameter of such a model, and its shape; kernels are ``[in, out]``."""
+    """Returns every frozen parameter of such a model, and its shape; kernels are ``[in, out]``."""
     d = config.embed_dim
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, d)}
     if config.positions == "learned":
@@ -21,7 +21,7 @@ def causal_parameter_shapes(config: CausalLMConfig) -> dict[str, tuple[int, ...]
 
 
 def t5gemma_parameter_shapes(config: T5GemmaConfig) -> dict[str, tuple[int, ...]]:
-    """Every frozen parameter of a T5Gemma, and its shape; kernels are ``[in, out]``."""
+    """Returns every frozen parameter of a T5Gemma, and its shape; kernels are ``[in, out]``."""
     encoder, decoder = config.encoder, config.decoder
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (encoder.vocab_size, encoder.embed_dim)}
     if not config.shares_table:
@@ -37,7 +37,7 @@ def t5gemma_parameter_shapes(config: T5GemmaConfig) -> dict[str, tuple[int, ...]
 def _stack_shapes(
     config: CausalLMConfig, stack: str, cross_features: int | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """The parameters of a stack, with those of its final norm and its output head."""
+    """Returns the parameters of a stack, with those of its final norm and its output head."""
     d, f, k = config.embed_dim, config.mlp_dim, config.head_dim
     heads, kv_heads = config.num_heads * k, config.num_kv_heads * k
     shapes: dict[str, tuple[int, ...]] = {}

@@ -189,7 +189,7 @@ def with_model(
 
 
 def _in_space_of(stored: StoredPrompt, base: _Base, *, to: PromptFormat) -> StoredPrompt:
-    """The prompt in the space in which the new format's readers add it to the input."""
+    """Returns the prompt in the space in which the new format's readers add it to the input."""
     peft = stored.source == "PEFT adapter"
     scale = _peft_scale(stored.metadata, base)
     if scale == 1.0 or peft == (to == "peft"):
@@ -199,19 +199,19 @@ def _in_space_of(stored: StoredPrompt, base: _Base, *, to: PromptFormat) -> Stor
 
 
 def _config(metadata: PromptMetadata, base: _Base) -> ModelConfig | None:
-    """The configuration of the prompt's model, if it was opened or is a published one."""
+    """Returns the configuration of the prompt's model, if it was opened or is a published one."""
     return base.config or find_preset(base.name or metadata.model_name)
 
 
 def _peft_scale(metadata: PromptMetadata, base: _Base) -> float:
-    """``ModelConfig.peft_prompt_scale`` of the prompt's model, as far as it is known."""
+    """Returns ``ModelConfig.peft_prompt_scale`` of the prompt's model, as far as it is known."""
     if (config := _config(metadata, base)) is not None:
         return config.peft_prompt_scale
     return metadata.embedding_scale or 1.0 if metadata.model_type == "t5gemma" else 1.0
 
 
 def _task_type(stored: StoredPrompt, base: _Base) -> str:
-    """PEFT's name of the kind of model; "" if it is unknown."""
+    """Returns PEFT's name of the kind of model; "" if it is unknown."""
     if (config := _config(stored.metadata, base)) is not None:
         return task_type(config)
     if stored.adapter is not None and stored.adapter.task_type:
@@ -224,7 +224,7 @@ def _task_type(stored: StoredPrompt, base: _Base) -> str:
 
 
 def _note_on_scale(metadata: PromptMetadata, base: _Base) -> list[str]:
-    """A note for adapters of models that multiply their token embeddings."""
+    """Returns a note for adapters of models that multiply their token embeddings."""
     config = _config(metadata, base)
     scale = getattr(config, "embedding_scale", metadata.embedding_scale) or 1.0
     if (in_peft := _peft_scale(metadata, base)) != 1.0:
@@ -314,6 +314,6 @@ def _require_fit(stored: StoredPrompt, base: _Base, *, path: str, allow_other_mo
 
 
 def _known(metadata: PromptMetadata) -> bool:
-    """Whether the metadata have more than the model's name and the writing program."""
+    """Returns whether the metadata have more than the model's name and the writing program."""
     known = dataclasses.replace(metadata, model_name="", created_by="")
     return known != PromptMetadata()

@@ -126,5 +126,5 @@ def _holds_a_checkpoint(folder: Path) -> bool:
 
 
 def _is_of_a_model(entry: Path) -> bool:
-    """Whether libraries write a file of this name beside a model or an adapter."""
+    """Returns whether libraries write a file of this name beside a model or an adapter."""
     return entry.is_file() and bool(_MODEL_FILES.fullmatch(entry.name))

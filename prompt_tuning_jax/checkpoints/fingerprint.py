@@ -21,7 +21,9 @@ _POSITIONS = 8
 
 
 def fingerprint(config: ModelConfig, params: Mapping[str, Array | HostArray]) -> str:
-    """Sixteen hex digits that identify a frozen model; ``params`` are its frozen parameters.
+    """Returns sixteen hex digits that identify a frozen model.
+
+    ``params`` are its frozen parameters.
 
     This is a hash of the configuration, of every parameter's name and shape, and of an evenly
     spaced sample of every parameter (at most 8 positions along each axis), rounded to bfloat16.  It
@@ -41,12 +43,12 @@ class Sample:
 
 
 def sample(array: Array | HostArray) -> Sample:
-    """The sample of one array, for models whose arrays are not all in memory at once."""
+    """Returns the sample of one array, for models whose arrays are not all in memory at once."""
     return Sample(shape=tuple(array.shape), bits=_sample(array).tobytes())
 
 
 def sample_lazy(array: LazyArray) -> Sample:
-    """The sample of an array that has not been read, of which little is read."""
+    """Returns the sample of an array that has not been read, of which little is read."""
     starts, steps = _grid(array.shape)
     rows = range(*_slices(starts[:1], steps[:1])[0].indices(array.shape[0]))
     rest = (slice(None),) * (len(array.shape) - 1)
@@ -56,7 +58,7 @@ def sample_lazy(array: LazyArray) -> Sample:
 
 
 def fingerprint_of_samples(config: ModelConfig, samples: Mapping[str, Sample]) -> str:
-    """``fingerprint`` from samples of all parameters, by name."""
+    """Returns ``fingerprint`` from samples of all parameters, by name."""
     digest = hashlib.sha256(
         json.dumps(_described(config), sort_keys=True, default=_described).encode()
     )
@@ -73,7 +75,7 @@ def _described(config: Any) -> dict[str, Any]:
 
 
 def _sample(array: Array | HostArray) -> HostArray:
-    """Evenly spaced entries as the bits of bfloat16."""
+    """Returns evenly spaced entries as the bits of bfloat16."""
     starts, steps = _grid(array.shape)
     if isinstance(array, jax.Array) and not _in_host_memory(array):
         # Only the sample leaves the devices, and every process gets all of it.
@@ -100,7 +102,7 @@ def _bits(part: HostArray) -> HostArray:
 
 
 def _in_host_memory(array: jax.Array) -> bool:
-    """Whether NumPy can read the array without a copy."""
+    """Returns whether NumPy can read the array without a copy."""
     devices: set[jax.Device] = array.sharding.device_set
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
@@ -114,5 +116,5 @@ def _slices(starts: tuple[int, ...], steps: tuple[int, ...]) -> tuple[slice, ...
 def _sampler(
     starts: tuple[int, ...], steps: tuple[int, ...], replicated: NamedSharding | None
 ) -> Any:
-    """A jitted sampler, compiled once per shape; a model has about ten."""
+    """Returns a jitted sampler, compiled once per shape; a model has about ten."""
     return jax.jit(lambda array: array[_slices(starts, steps)], out_shardings=replicated)

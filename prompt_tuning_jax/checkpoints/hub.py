@@ -31,7 +31,7 @@ _DESCRIPTION = (CONFIG, GENERATION_CONFIG, PREPROCESSOR_CONFIG, *TOKENIZER_FILES
 
 
 def model_location(name: str) -> str:
-    """The folder, or the ``gs://`` or ``s3://`` address, of a model.
+    """Returns the folder, or the ``gs://`` or ``s3://`` address, of a model.
 
     ``tiny`` is bundled.  ``t5_1_1_lm100k_base`` and the other sizes are T5X checkpoints in a public
     bucket.  ``smollm2`` and ``gemma3-270m`` are files in the user's cache, where
@@ -71,12 +71,12 @@ def model_location(name: str) -> str:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is a file in the GGUF format, by its name."""
+    """Returns whether a path is a file in the GGUF format, by its name."""
     return path.suffix.lower() == GGUF_SUFFIX and path.is_file()
 
 
 def gguf_cache(name: str) -> Path:
-    """Where the user's cache holds one of ``GGUF_MODELS``."""
+    """Returns where the user's cache holds one of ``GGUF_MODELS``."""
     return user_cache("models") / GGUF_MODELS[name]
 
 
@@ -91,7 +91,10 @@ def _fetched(name: str) -> Path:
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
-    """The latest ``checkpoint_<step>`` in a folder; None if the folder is itself a model."""
+    """Returns the latest ``checkpoint_<step>`` in a folder.
+
+    Returns None if the folder is itself a model.
+    """
     if (folder / CONFIG).exists() or is_t5x(folder):
         return None
     steps = {
@@ -108,7 +111,7 @@ def _newest_checkpoint(folder: Path) -> Path | None:
 
 
 def hf_folder(location: str) -> Path:
-    """The folder on this machine of the Hugging Face model at a ``model_location``.
+    """Returns the folder on this machine of the Hugging Face model at a ``model_location``.
 
     A model in a bucket is copied first (``fetch_folder``), but only the files that
     ``hub_folder`` would fetch.
@@ -142,7 +145,7 @@ def _matching(files: Iterable[str], patterns: Iterable[str]) -> list[str]:
 
 
 def t5x_vocabulary(name: str) -> Path | None:
-    """The vocabulary of a published T5X checkpoint; None if ``name`` is not one."""
+    """Returns the vocabulary of a published T5X checkpoint; None if ``name`` is not one."""
     if name not in T5X_MODELS and name.rstrip("/") not in T5X_MODELS.values():
         return None
     file = "sentencepiece.model"
@@ -153,12 +156,14 @@ def t5x_vocabulary(name: str) -> Path | None:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name has the form ``org/name``."""
+    """Returns whether a name has the form ``org/name``."""
     return _HUB_NAME.fullmatch(name) is not None
 
 
 def hub_folder(name: str) -> Path:
-    """The local folder of a model on the Hugging Face hub, fetched unless it is in the cache.
+    """Returns the local folder of a model on the Hugging Face hub.
+
+    Fetches it unless it is in the cache.
 
     Only the files that are read are fetched: the configuration, the vocabulary, and the weights in
     the first available format of safetensors, Flax (of a T5) and torch.  ``HF_HOME``,
@@ -180,7 +185,7 @@ def hub_folder(name: str) -> Path:
 
 
 def _may_be_flax(folder: Path) -> bool:
-    """Whether a model may be read from Flax weights: a T5, or one whose type is not known yet."""
+    """Returns whether a model may have Flax weights: a T5, or one of yet unknown type."""
     try:
         return is_t5(model_type_of(folder))
     except UserError:  # opening the model reports it
@@ -229,7 +234,7 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
 
 
 def fetch_folder(address: str, choose: Callable[[Iterable[str]], list[str]]) -> Path:
-    """A local copy of the files that ``choose`` selects from a folder in a bucket.
+    """Returns a local copy of the files that ``choose`` selects from a folder in a bucket.
 
     The copy is in ``$XDG_CACHE_HOME/prompt_tuning_jax/models`` (default ``~/.cache``), and only
     files that have changed are fetched again.  Raises UserError.

@@ -48,7 +48,10 @@ _RELPOS_OF_LAYER = re.compile(r"(encoder|decoder)/layers_\d+/relpos_bias/rel_emb
 def open_source(
     name_or_path: str, *, relpos_max_distance: int | None = None, vocabulary: bool = True
 ) -> ModelCheckpoint:
-    """``load.open_model``, with T5X's error for a folder with an incomplete T5X checkpoint."""
+    """Opens a model as ``load.open_model`` does.
+
+    A folder with an incomplete T5X checkpoint raises T5X's error.
+    """
     folder = expanded(name_or_path)
     if folder.is_dir():
         name_or_path = model_location(name_or_path)
@@ -152,12 +155,12 @@ def _model_type(checkpoint: ModelCheckpoint) -> str:
 
 
 def _reads_bytes(vocabulary_file: Path | None) -> bool:
-    """Whether it is a ByT5, whose vocabulary is its tokenizer configuration."""
+    """Returns whether it is a ByT5, whose vocabulary is its tokenizer configuration."""
     return vocabulary_file is not None and vocabulary_file.name.endswith(CONFIG)
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON file that is known to hold an object."""
+    """Returns a JSON file that is known to hold an object."""
     value: dict[str, Any] = read_json_file(path)
     return value
 
@@ -232,7 +235,7 @@ def describe_model(name_or_path: str, *, with_fingerprint: bool | None = None) -
 
 
 def _stored(checkpoint: ModelCheckpoint) -> tuple[Counter[str], int]:
-    """The number of parameters of each type, and the bytes of all."""
+    """Returns the number of parameters of each type, and the bytes of all."""
     if isinstance(checkpoint.source, Path) and is_gguf(checkpoint.source):
         return stored_types(checkpoint.source)
     dtypes: Counter[str] = Counter()

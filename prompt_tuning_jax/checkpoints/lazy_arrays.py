@@ -46,7 +46,7 @@ class LazyArray:
         return self.read(tuple(slice(None) for _ in self.shape))
 
     def transposed(self) -> "LazyArray":
-        """The array with its axes reversed."""
+        """Returns the array with its axes reversed."""
         return LazyArray(
             shape=self.shape[::-1],
             dtype=self.dtype,
@@ -55,7 +55,7 @@ class LazyArray:
         )
 
     def layer(self, number: int, *, axis: int) -> "LazyArray":
-        """Entry ``number`` along ``axis``, without that axis: a layer of a stack."""
+        """Returns entry ``number`` along ``axis``, without that axis: a layer of a stack."""
 
         def read(index: Index) -> HostArray:
             whole = (*index[:axis], slice(number, number + 1), *index[axis:])
@@ -69,7 +69,7 @@ class LazyArray:
         )
 
     def taken(self, order: HostArray, *, axis: int) -> "LazyArray":
-        """The entries ``order``, distinct numbers, along ``axis``: a part of a fused array.
+        """Returns the entries ``order``, distinct numbers, along ``axis``: a part of a fused array.
 
         Consecutive entries are read together, and no entry that is not asked for.
         """
@@ -92,7 +92,7 @@ class LazyArray:
 
 
 def in_memory(array: HostArray, *, where: str) -> LazyArray:
-    """A ``LazyArray`` of an array in memory."""
+    """Returns a ``LazyArray`` of an array in memory."""
     array = np.asarray(array)
     return LazyArray(
         shape=array.shape, dtype=array.dtype, where=where, read=lambda index: array[index]
@@ -100,7 +100,10 @@ def in_memory(array: HostArray, *, where: str) -> LazyArray:
 
 
 def concatenated(arrays: Sequence[LazyArray], *, axis: int) -> LazyArray:
-    """The arrays, of one dtype and otherwise equal shapes, one after the other along ``axis``."""
+    """Returns the arrays one after the other along ``axis``.
+
+    They have one dtype, and shapes that are otherwise equal.
+    """
     sizes = [array.shape[axis] for array in arrays]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     total = sum(sizes)
@@ -123,7 +126,7 @@ def concatenated(arrays: Sequence[LazyArray], *, axis: int) -> LazyArray:
 
 
 def equal_bits(left: LazyArray, right: LazyArray) -> bool:
-    """Whether two arrays are equal bit for bit, comparing some rows at a time."""
+    """Returns whether two arrays are equal bit for bit, comparing some rows at a time."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     row_bytes = max(1, left.dtype.itemsize * prod(left.shape[1:]))
@@ -230,7 +233,7 @@ def read_as(array: LazyArray, index: Index, dtype: np.dtype) -> HostArray:
 
 
 def all_finite(array: HostArray) -> bool:
-    """Whether a float array holds neither NaN nor infinity; about as fast as a copy.
+    """Returns whether a float array holds neither NaN nor infinity; about as fast as a copy.
 
     Their exponents are all ones: the bits are checked, one cache-sized block at a time.
     """

@@ -153,7 +153,7 @@ def load_model(
     weights: Weights = "dequantized",
     rules: sharding.Rules = sharding.RULES,
 ) -> Model:
-    """Load a frozen model; ``model.vocabulary`` is its vocabulary, or None.
+    """Loads a frozen model; ``model.vocabulary`` is its vocabulary, or None.
 
     Args:
       name_or_path: ``tiny`` (bundled), ``t5_1_1_lm100k_{small,base,large,xl,xxl}``, ``smollm2`` or
@@ -281,7 +281,7 @@ def random_model(
     vocabulary: str = "",
     quantization: Quantization = "none",
 ) -> Model:
-    """A published model with random weights, for pre-training and for measurements."""
+    """Returns a published model with random weights, for pre-training and for measurements."""
     config = preset(preset_name)
     bundled = ASSETS / preset_name / pretrained.VOCABULARY
     words = _vocabulary(
@@ -310,7 +310,7 @@ def abstract_model(
     vocabulary: AnyVocabulary | None = None,
     quantization: Quantization = "none",
 ) -> Model:
-    """A model with abstract parameters (shapes and dtypes), which loading replaces."""
+    """Returns a model with abstract parameters (shapes and dtypes), which loading replaces."""
     model: Model = nnx.eval_shape(
         lambda: model_class(config)(
             config,

@@ -49,12 +49,12 @@ _UNREACHABLE = re.compile(
 
 
 def is_address(name: str) -> bool:
-    """Whether a name is an address, of any scheme, rather than a path."""
+    """Returns whether a name is an address, of any scheme, rather than a path."""
     return "://" in name
 
 
 def store_of(address: str) -> dict[str, Any] | None:
-    """TensorStore's spec of a folder in a bucket; None for anything else.
+    """Returns TensorStore's spec of a folder in a bucket; None for anything else.
 
     ``AWS_ENDPOINT_URL`` and ``AWS_REGION`` select an S3-compatible service.
     """
@@ -71,12 +71,15 @@ def store_of(address: str) -> dict[str, Any] | None:
 
 
 def as_folder(path: str) -> str:
-    """The path with a slash at the end; empty for the top of the bucket."""
+    """Returns the path with a slash at the end; empty for the top of the bucket."""
     return f"{path.rstrip('/')}/" if path.rstrip("/") else ""
 
 
 def retries(*, cached_bytes: int = 0) -> Any:
-    """A TensorStore context with few retries: an unreachable bucket fails within seconds."""
+    """Returns a TensorStore context with few retries.
+
+    An unreachable bucket then fails within seconds.
+    """
     import tensorstore
 
     return tensorstore.Context(
@@ -128,7 +131,7 @@ class Bucket:
         return bytes(result.value) if result.state == "value" else None
 
     def has_changed(self, name: str, generation: str) -> bool:
-        """Whether a file is no longer of the given generation."""
+        """Returns whether a file is no longer of the given generation."""
         known = bytes.fromhex(generation)
         # One byte is enough to tell.
         read = self._store.read(name, if_not_equal=known, byte_range=slice(0, 1))
@@ -153,7 +156,7 @@ class Bucket:
         return generations.pop().hex() if generations else ""
 
     def _part(self, name: str, offset: int) -> Any:
-        """The next part of a file; None at its end.  A shorter part is the last one."""
+        """Returns the next part of a file; None at its end.  A shorter part is the last one."""
         for end in (offset + _PART_BYTES, None):
             try:
                 result = self._store.read(name, byte_range=slice(offset, end)).result()
@@ -238,7 +241,7 @@ class CheckpointFolder:
         return Bucket(self.name).read(path)
 
     def has_file(self, path: str) -> bool:
-        """Whether the file exists; UserError for a link out of the folder."""
+        """Returns whether the file exists; UserError for a link out of the folder."""
         if self.root is None:
             return self.read(path) is not None
         return self._inside(path, "a file").is_file()
@@ -248,7 +251,7 @@ class CheckpointFolder:
         return None if self.root is None else stored_bytes(self.root)
 
     def below(self, path: object, *, of: str) -> dict[str, Any]:
-        """TensorStore's spec of the subfolder ``path``; ``of`` names its array in messages.
+        """Returns TensorStore's spec of the subfolder ``path``; ``of`` names its array in messages.
 
         UserError if it does not exist, or is not below this folder, by its name or by a link.
         """
@@ -278,7 +281,7 @@ class CheckpointFolder:
 
 
 def _blobs(root: Path) -> tuple[Path, ...]:
-    """Further folders that links may lead to: the blobs of the Hugging Face hub's cache.
+    """Returns further folders that links may lead to: the blobs of the Hugging Face hub's cache.
 
     Its snapshots, ``models--org--name/snapshots/<commit>``, are folders of links to
     ``models--org--name/blobs``, or to ``blobs`` of the whole cache.
@@ -291,7 +294,7 @@ def _blobs(root: Path) -> tuple[Path, ...]:
 
 
 def is_t5x(folder: str | Path) -> bool:
-    """Whether a folder has the index of one of T5X's formats, or a file begins like an index.
+    """Returns whether a folder has an index of T5X's formats, or a file begins like one.
 
     Raises UserError for unfinished saves.
     """

@@ -21,7 +21,7 @@ RELPOS = "relpos_bias/rel_embedding"
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every frozen parameter of a model with this configuration, and its shape."""
+    """Returns every frozen parameter of a model with this configuration, and its shape."""
     if isinstance(config, T5Config):
         return _t5_shapes(config)
     if isinstance(config, CausalLMConfig):
@@ -38,7 +38,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _t5_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
-    """The parameters of a T5 (t5x/examples/t5/network.py), without building one."""
+    """Returns the parameters of a T5 (t5x/examples/t5/network.py), without building one."""
     d, f = config.embed_dim, config.mlp_dim
     heads = config.num_heads * config.head_dim
     attention = {"query": (d, heads), "key": (d, heads), "value": (d, heads), "out": (heads, d)}
@@ -113,17 +113,19 @@ _RELPOS_OF_LAYER = re.compile(rf"(encoder|decoder)/layers_\d+/{RELPOS}")
 
 
 def is_prompt(name: str) -> bool:
-    """Whether a parameter belongs to a prompt, in the encoder's input or elsewhere."""
+    """Returns whether a parameter belongs to a prompt, in the encoder's input or elsewhere."""
     return _OF_PROMPTS.fullmatch(name) is not None
 
 
 def is_trained(name: str) -> bool:
-    """Whether a parameter is none of the frozen model's, but of a method of the original code."""
+    """Returns whether a parameter belongs to a method of the original code."""
     return _OF_METHODS.fullmatch(name) is not None
 
 
 def config_of(params: Mapping[str, Any], *, relpos_max_distance: int | None = None) -> T5Config:
-    """The configuration of the T5 with the parameters ``params`` (by name; only shapes matter).
+    """Returns the configuration of the T5 with the parameters ``params`` (by name.
+
+    Only shapes matter).
 
     Shapes do not tell ``relpos_max_distance``: the default is T5's 128 for 32 buckets, and
     otherwise twice their number.  Nor do they tell activations, which are T5 1.1's for a gated mlp

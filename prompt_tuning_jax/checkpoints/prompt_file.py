@@ -166,7 +166,7 @@ def save_prompt(
     format: Format | None = None,
     dtype: DType | None = np.float32,
 ) -> None:
-    """Write a prompt as ``dtype``; ``format`` defaults to the suffix of the file.
+    """Writes a prompt as ``dtype``; ``format`` defaults to the suffix of the file.
 
     ``dtype=None`` keeps the prompt's dtype (in an ``.npy``, bfloat16 becomes float32).  Only
     safetensors files have metadata; an ``.npy`` is the bare array.  An empty ``created_by`` is
@@ -193,7 +193,7 @@ def save_prompt(
 def load_prompt(
     path: str | Path, *, width: int | None = None, dtype: DType | None = np.float32
 ) -> HostArray:
-    """The prompt ``[P,D]`` of a file or folder; see ``load_prompt_with_metadata``."""
+    """Returns the prompt ``[P,D]`` of a file or folder; see ``load_prompt_with_metadata``."""
     return load_prompt_with_metadata(path, width=width, dtype=dtype)[0]
 
 
@@ -204,7 +204,7 @@ def load_prompt_with_metadata(
     dtype: DType | None = np.float32,
     peft_scale: float = 1.0,
 ) -> tuple[HostArray, PromptMetadata]:
-    """The prompt ``[P,D]`` of a file or folder as ``dtype``, and its metadata.
+    """Returns the prompt ``[P,D]`` of a file or folder as ``dtype``, and its metadata.
 
     The format is detected from the content: an ``.npy`` (also T5X's
     ``encoder.prompt.prompt.prompt``), a ``.safetensors`` of this package, the folder of a PEFT
@@ -228,12 +228,15 @@ def in_model_space(stored: StoredPrompt, *, peft_scale: float) -> StoredPrompt:
 
 
 def scaled_prompt(prompt_PD: HostArray, scale: float) -> HostArray:
-    """The prompt times a number, in its dtype; the product is rounded once."""
+    """Returns the prompt times a number, in its dtype; the product is rounded once."""
     return (prompt_PD.astype(np.float32) * np.float32(scale)).astype(prompt_PD.dtype)
 
 
 def read_prompt(path: str | Path) -> StoredPrompt:
-    """The prompt of a file or folder as stored; errors as in ``load_prompt_with_metadata``."""
+    """Returns the prompt of a file or folder as stored.
+
+    Errors are as in ``load_prompt_with_metadata``.
+    """
     given: object = path  # callers may not check types
     if not isinstance(given, str | Path):
         raise UserError(
@@ -369,7 +372,10 @@ def _read_t5x(folder: str | Path) -> StoredPrompt:
 
 
 def is_prompt_file(path: Path) -> bool:
-    """Whether a file begins like a prompt file, whatever its suffix (T5X's files have none)."""
+    """Returns whether a file begins like a prompt file.
+
+    Its suffix does not matter, since T5X's files have none.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(9)
@@ -379,7 +385,7 @@ def is_prompt_file(path: Path) -> bool:
 
 
 def _guess(start: bytes) -> str:
-    """A hint at what a file is, by its first bytes."""
+    """Returns a hint at what a file is, by its first bytes."""
     if not start:
         return ": it is empty"
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
@@ -402,7 +408,7 @@ def metadata_to_strings(metadata: PromptMetadata) -> dict[str, str]:
 
 
 def metadata_from_strings(strings: dict[str, str], *, path: Path) -> PromptMetadata:
-    """The inverse of ``metadata_to_strings``; keys of other programs are ignored."""
+    """Returns the inverse of ``metadata_to_strings``; keys of other programs are ignored."""
     readers = {
         "seed": lambda text: int(text),
         "steps": lambda text: int(text),
@@ -456,7 +462,7 @@ def _mixture(value: Any) -> tuple[TrainedTask, ...]:
 
 
 def this_program() -> str:
-    """The name and version of this package, for files that it writes."""
+    """Returns the name and version of this package, for files that it writes."""
     try:
         return f"prompt_tuning_jax {distributions.version('prompt_tuning_jax')}"
     except distributions.PackageNotFoundError:

@@ -33,7 +33,7 @@ class Best:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether the folder belongs to a run."""
+    """Returns whether the folder belongs to a run."""
     return (folder / RUN_CONFIG).is_file()
 
 
@@ -139,7 +139,7 @@ def bests_to_json(bests: Sequence[Best | None]) -> list[Any]:
 
 
 def bests_from_json(listed: Sequence[Any]) -> list[Best | None]:
-    """The inverse of ``bests_to_json``; null among the metrics becomes nan."""
+    """Returns the inverse of ``bests_to_json``; null among the metrics becomes nan."""
     return [
         Best(
             step=entry["step"],

@@ -156,7 +156,7 @@ def _load_latest(
     *,
     advice: str,
 ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
-    """(step, arrays by path, extra) of the last intact save.
+    """Returns (step, arrays by path, extra) of the last intact save.
 
     ``abstract`` maps the metadata of a save, and its path, to the abstract arrays to restore.
     """
@@ -336,7 +336,7 @@ def _passes(record: logging.LogRecord, *, beginning: str) -> bool:
 
 
 def _is_late_callback(unraisable: "sys.UnraisableHookArgs") -> bool:
-    """Whether TensorStore called into a closed event loop, or Orbax left a coroutine."""
+    """Returns whether TensorStore called into a closed event loop, or Orbax left a coroutine."""
     code = getattr(unraisable.object, "cr_code", None)
     if code is not None:
         return "orbax" in Path(code.co_filename).parts

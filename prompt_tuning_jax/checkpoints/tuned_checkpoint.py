@@ -68,12 +68,12 @@ def save_tuned(path: Path, stored: TunedCheckpoint) -> None:
 
 
 def is_tuned_file(path: Path) -> bool:
-    """Whether this is such a file, by its content; False if it cannot be read."""
+    """Returns whether this is such a file, by its content; False if it cannot be read."""
     return tuned_by(path) is not None
 
 
 def open_tuned(path: Path) -> TunedCheckpoint:
-    """A file of ``save_tuned``, with memory-mapped arrays; UserError if it is damaged."""
+    """Returns a file of ``save_tuned``, with memory-mapped arrays; UserError if it is damaged."""
     mapped = map_safetensors(path)
     tasks = read_json(mapped.metadata.get(_TASKS, "[]"), of=f"{path}: its metadata's {_TASKS}")
     if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
@@ -87,7 +87,7 @@ def open_tuned(path: Path) -> TunedCheckpoint:
 
 
 def read_tuned(path: Path, config: ModelConfig) -> TunedCheckpoint:
-    """A file of ``save_tuned`` in memory, for a model of this configuration.
+    """Returns a file of ``save_tuned`` in memory, for a model of this configuration.
 
     UserError for a file that is damaged, has NaN or infinity, or is far too large for the model.
     """

@@ -119,7 +119,7 @@ class Ablate(ConfigOptions):
         return replace(data, eval_split=self.test_split) if self.test_split else None
 
     def _adapted(self, experiment: Experiment) -> tuple[str, ...]:
-        """LM-adapt the model, and return --values with the names of the adapted models."""
+        """LM-adapts the model, and returns --values with the names of the adapted models."""
         from prompt_tuning_jax.config.config_file import load_config
         from prompt_tuning_jax.studies.ablations.adaptation import adapted_models
 

@@ -35,17 +35,20 @@ class Command(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """Run the command; UserError for wrong input."""
+        """Runs the command; UserError for wrong input."""
 
     def given(self, *names: str) -> dict[str, Any]:
-        """The arguments of these names that differ from their defaults."""
+        """Returns the arguments of these names that differ from their defaults."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 def positional(metavar: str, *, default: Any = MISSING, many: bool = False) -> Any:
-    """A positional argument: required without a default; with ``many``, any number of values."""
+    """Returns a positional argument: required without a default.
+
+    With ``many``, any number of values.
+    """
     nargs = "*" if many else None if default is MISSING else "?"
     return _field({"metavar": metavar, "nargs": nargs}, default, positional=True)
 
@@ -58,7 +61,7 @@ def option(
     parse: Callable[[str], Any] | None = None,
     nargs: str | None = None,
 ) -> Any:
-    """An option: required without a default, and repeatable where the field is a list.
+    """Returns an option: required without a default, and repeatable where the field is a list.
 
     Args:
       metavar: name of the value in the help text.
@@ -71,7 +74,7 @@ def option(
 
 
 def mirrors(path: str, metavar: str | None = None) -> Any:
-    """An option that sets a field of the experiment, for example ``training.steps``."""
+    """Returns an option that sets a field of the experiment, for example ``training.steps``."""
     return _field({"metavar": metavar}, None, mirrors=path)
 
 
@@ -84,7 +87,7 @@ def _field(kwargs: dict[str, Any], default: Any, **metadata: Any) -> Any:
 
 
 def add_command(commands: Any, command: type[Command]) -> None:
-    """Add the parser of a command; fields of a base class with a ``group`` are listed under it."""
+    """Adds the parser of a command; fields of a base class with a ``group`` are listed under it."""
     description = inspect.getdoc(command) or ""
     summary = description.partition("\n")[0]
     parser = commands.add_parser(
@@ -112,7 +115,7 @@ def add_command(commands: Any, command: type[Command]) -> None:
 
 
 def mirrored_fields(command: type[Command]) -> dict[str, str]:
-    """The options of a command that set a field of the experiment: option -> field."""
+    """Returns the options of a command that set a field of the experiment: option -> field."""
     fields = dataclasses.fields(command)
     return {f.name: f.metadata["mirrors"] for f in fields if "mirrors" in f.metadata}
 
@@ -146,7 +149,7 @@ def _add_argument(
 
 
 def _conversion(annotation: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """What argparse needs for values of this type."""
+    """Returns what argparse needs for values of this type."""
     if isinstance(annotation, types.UnionType) or get_origin(annotation) is Union:
         (annotation,) = (part for part in get_args(annotation) if part is not type(None))
     if annotation is bool:
@@ -172,12 +175,12 @@ _METAVARS = {int: "N", float: "X"}
 
 
 def names(text: str) -> tuple[str, ...]:
-    """``a,b`` as names."""
+    """Returns ``a,b`` as names."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """``32,64`` as numbers."""
+    """Returns ``32,64`` as numbers."""
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 32,64,128")
     return tuple(map(int, text.split(",")))
@@ -194,14 +197,14 @@ def _choices(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Returns a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def positive_number(text: str) -> float:
-    """A number above 0."""
+    """Returns a number above 0."""
     try:
         number = float(text)
     except ValueError:
@@ -212,21 +215,21 @@ def positive_number(text: str) -> float:
 
 
 def non_negative(text: str) -> int:
-    """A whole number of at least 0."""
+    """Returns a whole number of at least 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
 
 def port(text: str) -> int:
-    """A port number, where 0 means any free port."""
+    """Returns a port number, where 0 means any free port."""
     if not re.fullmatch(r"\d{1,5}", text) or int(text) > 65_535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port, a number from 0 to 65535")
     return int(text)
 
 
 def size(text: str) -> int:
-    """``500MB`` as bytes."""
+    """Returns ``500MB`` as bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 2GB")
@@ -255,7 +258,10 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError; a mistyped option comes before an argument that is therefore missing."""
+        """Raises UserError.
+
+        A mistyped option comes before an argument that is therefore missing.
+        """
         options = [name for name in self._option_string_actions if name.startswith("--")]
         for arg in self._arguments:
             if self._subparsers is not None and not arg.startswith("-"):

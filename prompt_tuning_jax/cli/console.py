@@ -14,7 +14,7 @@ _UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 @contextmanager
 def notes_on_stderr() -> Iterator[None]:
-    """Print each warning that the package logs as a line ``note: ...`` on stderr, once."""
+    """Prints each warning that the package logs as a line ``note: ...`` on stderr, once."""
     logger = logging.getLogger("prompt_tuning_jax")
     handler, propagates = _Notes(logging.WARNING), logger.propagate
     logger.addHandler(handler)
@@ -39,13 +39,13 @@ class _Notes(logging.Handler):
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Print notes on stderr."""
+    """Prints notes on stderr."""
     for note in notes:
         print(printable(f"note: {note}"), file=sys.stderr)
 
 
 def print_rows(rows: Iterable[tuple[str, str]]) -> None:
-    """Print names, and beside each its text, in two columns."""
+    """Prints names, and beside each its text, in two columns."""
     pairs = list(rows)
     width = max((len(name) for name, _ in pairs), default=0)
     for name, text in pairs:
@@ -53,23 +53,23 @@ def print_rows(rows: Iterable[tuple[str, str]]) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print indented JSON."""
+    """Prints indented JSON."""
     print(printable_json(json_text(value, indent=2)))
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun: ``1 prediction``, ``2,000 predictions``."""
+    """Returns a number with its noun: ``1 prediction``, ``2,000 predictions``."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def readable_size(size: int) -> str:
-    """A number of bytes as ``1.5 GB``."""
+    """Returns a number of bytes as ``1.5 GB``."""
     unit, name = next(((u, n) for u, n in _UNITS if size >= u), (1, "bytes"))
     return f"{size} bytes" if unit == 1 else f"{size / unit:.3g} {name}"
 
 
 def require_folders(**paths: str | None) -> None:
-    """UserError for a file that cannot be written there; called before the work is done."""
+    """Raises UserError for a file that cannot be written there; called before the work is done."""
     for name, path in paths.items():
         if path and Path(path).is_dir():
             raise UserError(f"--{name} {path} is a folder; name a file")
@@ -78,7 +78,10 @@ def require_folders(**paths: str | None) -> None:
 
 
 def write_text(name: str, text: str, what: str) -> None:
-    """Write a file, atomically unless it is a device such as /dev/stdout, and say so on stderr."""
+    """Writes a file, and says so on stderr.
+
+    The write is atomic, unless the file is a device such as /dev/stdout.
+    """
     from prompt_tuning_jax.storage import atomic_write
 
     path = Path(name)

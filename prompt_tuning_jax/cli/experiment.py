@@ -32,17 +32,17 @@ class OverrideOptions(Command):
     overrides: list[str] = option("FIELD=VALUE", flag="--set", default=[])
 
     def sets(self, field: str) -> bool:
-        """Whether ``--set`` names this field."""
+        """Returns whether ``--set`` names this field."""
         return any(_field_of(override) == field for override in self.overrides)
 
     def set_fields(self) -> dict[str, str]:
-        """The fields that the command line sets, and the option that sets each."""
+        """Returns the fields that the command line sets, and the option that sets each."""
         options = mirrored_fields(type(self)).items()
         given = {field: f"--{name}" for name, field in options if getattr(self, name) is not None}
         return given | {_field_of(x): f"--set {_field_of(x)}" for x in self.overrides}
 
     def all_overrides(self) -> list[str]:
-        """The overrides of all options, those of ``--set`` last."""
+        """Returns the overrides of all options, those of ``--set`` last."""
         options = mirrored_fields(type(self)).items()
         values = [(field, getattr(self, name)) for name, field in options]
         mesh = getattr(self, "mesh", None)
@@ -65,7 +65,7 @@ class ConfigOptions(OverrideOptions):
     gin_bindings: list[str] = option("NAME=VALUE", default=[])
 
     def experiment(self, default: Experiment | None = None) -> Experiment:
-        """The experiment that the arguments describe.
+        """Returns the experiment that the arguments describe.
 
         ``default`` is used for prompts that neither a run nor a config describes; it may have no
         task.
@@ -95,7 +95,7 @@ class ConfigOptions(OverrideOptions):
         return experiment
 
     def _base(self, default: Experiment | None, prompts: Sequence[str]) -> Experiment:
-        """The experiment before any override."""
+        """Returns the experiment before any override."""
         from prompt_tuning_jax.config.config_file import load_config, run_config
 
         config: str | None = getattr(self, "config", None)
@@ -189,7 +189,7 @@ class StudyOptions(ConfigOptions):
     data_dir: str | None = mirrors("data.data_dir", "FOLDER")
 
     def study_experiment(self) -> Experiment:
-        """The experiment of each task, with five seeds unless the user names some."""
+        """Returns the experiment of each task, with five seeds unless the user names some."""
         from prompt_tuning_jax.studies.suite import SUITE_FIELDS
 
         for override in self.overrides:
@@ -204,7 +204,10 @@ class StudyOptions(ConfigOptions):
 
 
 def mesh_overrides(text: str) -> list[str]:
-    """``data=2,model=4`` as overrides of the fields of ``mesh``; UserError for any other text."""
+    """Returns ``data=2,model=4`` as overrides of the fields of ``mesh``.
+
+    Raises UserError for any other text.
+    """
     overrides = []
     for part in text.split(","):
         axis, _, number = (piece.strip() for piece in part.partition("="))
@@ -217,7 +220,7 @@ def mesh_overrides(text: str) -> list[str]:
 
 
 def import_module(name: str | None) -> None:
-    """Import the module that the command line names, if it names one."""
+    """Imports the module that the command line names, if it names one."""
     if name:
         from prompt_tuning_jax.data.tasks import selection
 
@@ -225,7 +228,7 @@ def import_module(name: str | None) -> None:
 
 
 def exit_if_stopped(stopped_by: int) -> None:
-    """Exit as a shell reports a program that a signal has ended."""
+    """Exits as a shell reports a program that a signal has ended."""
     if stopped_by:
         sys.exit(128 + stopped_by)
 

@@ -41,7 +41,10 @@ class Init(Command):
 
 
 def example_file(name: str) -> Path:
-    """The file of an example, such as ``lora.py`` or ``gin/paper.gin``; UserError otherwise."""
+    """Returns the file of an example, such as ``lora.py`` or ``gin/paper.gin``.
+
+    Raises UserError otherwise.
+    """
     folder = _folder()
     names = [str(path.relative_to(folder)) for path in _files(folder)]
     relative = name.removeprefix("configs/")
@@ -52,20 +55,23 @@ def example_file(name: str) -> Path:
 
 
 def examples_with_titles() -> Iterator[tuple[str, str]]:
-    """The name of each example, and the first line of its description."""
+    """Yields the name of each example, and the first line of its description."""
     folder = _folder()
     for path in _files(folder):
         yield str(path.relative_to(folder)), _title(path)
 
 
 def own_data_experiment() -> Experiment:
-    """The experiment for a user's files without a config; it does not name the files yet."""
+    """Returns the experiment for a user's files without a config.
+
+    It does not name the files yet.
+    """
     experiment = load_config(str(example_file(OWN_DATA)))
     return replace(experiment, data=replace(experiment.data, train="", eval=""))
 
 
 def init(name: str, destination: str | Path = "", *, overwrite: bool = False) -> Path:
-    """Write an example config to ``destination``, or to the current folder; returns the file.
+    """Writes an example config to ``destination``, or to the current folder; returns the file.
 
     The commands in its description name the written file.
 

@@ -65,7 +65,7 @@ class Interruption:
             signal.pthread_kill(main, signal.SIGINT)
 
     def _importers(self, frame: FrameType | None) -> list[str] | None:
-        """The modules on the stack above the current import; None without an import."""
+        """Returns the modules on the stack above the current import; None without an import."""
         importing, outside = False, list[str]()
         while frame is not None and frame is not self._outside:
             if frame.f_code.co_filename in _IMPORTING:
@@ -106,12 +106,12 @@ def interruptible(outside: FrameType) -> Iterator[Interruption]:
 
 
 def _is_early(handler: object) -> bool:
-    """Whether it is the handler of ``__main__``, which ends the process at once."""
+    """Returns whether it is the handler of ``__main__``, which ends the process at once."""
     return getattr(handler, "__module__", None) in ("__main__", "prompt_tuning_jax.__main__")
 
 
 def _is_heeded(error: BaseException | None) -> bool:
-    """Whether the error that is being handled, or a cause of it, is an interruption."""
+    """Returns whether the error that is being handled, or a cause of it, is an interruption."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True

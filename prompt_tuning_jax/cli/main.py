@@ -44,7 +44,7 @@ COMMANDS: tuple[type[Command], ...] = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 2 for wrong input, 130 when interrupted."""
+    """Runs one command and returns its exit status: 0, 2 for wrong input, 130 when interrupted."""
     with notes_on_stderr(), interruptible(sys._getframe()) as interruption:
         try:
             return _main(sys.argv[1:] if argv is None else argv)
@@ -80,7 +80,7 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+    """Returns the parser of the whole command line."""
     parser = Parser(
         prog="prompt-tuning",
         description="Prompt tuning and related methods for frozen models in JAX.",
@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """The command with its arguments; UserError for wrong ones."""
+    """Returns the command with its arguments; UserError for wrong ones."""
     args, unknown = build_parser().parse_known_args(_rewrite_gin_flags(argv))
     if unknown:
         name = unknown[0].partition("=")[0]
@@ -114,7 +114,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def _rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
-    """``--gin.NAME=VALUE``, as T5X spells it, as ``--gin_bindings=NAME=VALUE``."""
+    """Returns ``--gin.NAME=VALUE``, as T5X spells it, as ``--gin_bindings=NAME=VALUE``."""
     for arg in argv:
         if arg.startswith("--gin.") and "=" not in arg:
             raise UserError(f"{arg}: expected --gin.NAME=VALUE, without spaces")

@@ -78,7 +78,7 @@ class Predict(DeviceOptions, ConfigOptions, PromptOptions):
             sys.stdout.write(printable_json(output) if self.json else printable_lines(output))
 
     def _inputs(self) -> list[str] | Path:
-        """Texts, or the path of a data file."""
+        """Returns texts, or the path of a data file."""
         if self.text and self.input:
             raise UserError("give either TEXT or --input, not both")
         if self.text:
@@ -106,7 +106,10 @@ class Predict(DeviceOptions, ConfigOptions, PromptOptions):
 
 
 def _checked(texts: Sequence[str], name: str) -> list[str]:
-    """The texts; UserError for bytes that are not UTF-8, which Python reads as surrogates."""
+    """Returns the texts.
+
+    Raises UserError for bytes that are not UTF-8, which Python reads as surrogates.
+    """
     for number, text in enumerate(texts, 1):
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise UserError(f"{name} {number} is not UTF-8; write it to a file in UTF-8")

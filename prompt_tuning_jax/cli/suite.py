@@ -123,7 +123,7 @@ class Transfer(StudyOptions):
         exit_if_stopped(result.stopped_by)
 
     def _require_effect(self) -> None:
-        """Raise UserError for options that have no effect on this kind of transfer."""
+        """Raises UserError for options that have no effect on this kind of transfer."""
         if self.spot and self.to_model:
             raise UserError("give --spot or --to_model, not both")
         used: tuple[str, ...] = ("targets", "methods", "model_set")

@@ -42,7 +42,7 @@ _TEXTS_AT_ONCE = 1024
 
 
 def tasks(*, data_dir: str = "", every: bool = False) -> Iterator[tuple[str, str | None]]:
-    """The tasks as (name, description), with (heading, None) before each group.
+    """Yields the tasks as (name, description), with (heading, None) before each group.
 
     The forms and versions of a task share a row, and the heading lists them; with ``every``, each
     name has a row, and aliases too.  With ``data_dir`` a description begins with the number of rows
@@ -103,7 +103,7 @@ def examples(
     vocabulary: str = "",
     data_dir: str = "",
 ) -> Iterator[dict[str, Any]]:
-    """The first examples of a task as the model sees them: texts, ids with EOS, lengths.
+    """Yields the first examples of a task as the model sees them: texts, ids with EOS, lengths.
 
     The examples of a mixture come from each of its tasks that have the split, with ``task``.
     ``vocabulary`` is a file or ``bytes``, by default the vocabulary of ``model``.
@@ -183,7 +183,7 @@ def dump(
     vocabulary: str = "",
     data_dir: str = "",
 ) -> int:
-    """Write all examples of a split as JSON lines, in the order of the data; returns their number.
+    """Writes all examples of a split as JSON lines, in the order of the data; returns their number.
 
     Each line has ``inputs``, ``targets``, and their untrimmed ids with EOS: ``inputs_ids``,
     ``targets_ids``.
@@ -227,7 +227,7 @@ def _ids(
 
 
 def _is_later(task: T5Task, base: Mapping[str, T5Task]) -> bool:
-    """Whether an earlier version of the same task is listed instead."""
+    """Returns whether an earlier version of the same task is listed instead."""
     return task.name.endswith("_v200") and task.name.replace("_v200", "_v002") in base
 
 

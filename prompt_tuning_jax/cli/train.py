@@ -41,7 +41,7 @@ class Train(DeviceOptions, DataOptions, ConfigOptions):
             exit_if_stopped(result.stopped_by)
 
     def _require_files(self, experiment: Experiment) -> None:
-        """UserError where the config's placeholder for a data file was not replaced."""
+        """Raises UserError where the config's placeholder for a data file was not replaced."""
         data, given = experiment.data, self.set_fields()
         for option, field, path in (
             ("data", "data.train", data.train),

@@ -23,13 +23,13 @@ class Config:
     lower_bounds: ClassVar[Mapping[str, float]] = {}
 
     def bound_errors(self, group: str) -> Iterator[str]:
-        """One message for each field below its bound, which is called ``GROUP.NAME``."""
+        """Yields one message for each field below its bound, which is called ``GROUP.NAME``."""
         for name, low in self.lower_bounds.items():
             if (value := getattr(self, name)) < low:
                 yield f"{group}.{name} is {value}; must be at least {low}"
 
     def __new__(cls, *args: Any, **fields: Any) -> Self:
-        """Check the names of the fields before ``__init__`` receives them."""
+        """Checks the names of the fields before ``__init__`` receives them."""
         known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
         if args:
             raise UserError(
@@ -62,13 +62,13 @@ _type_hints = functools.cache(get_type_hints)
 
 
 def field_types(cls: Any) -> dict[str, Any]:
-    """The type of each field of a dataclass, by name."""
+    """Returns the type of each field of a dataclass, by name."""
     hints = _type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The documentation of each field of a dataclass, by name.
+    """Returns the documentation of each field of a dataclass, by name.
 
     A field's documentation is the comment above it and the comment beside it in the source:
     ``--help`` and docs/configuration.md show it.  It begins with a capital letter, and a single
@@ -83,7 +83,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 @functools.cache
 def _docs_in(module: ModuleType) -> dict[str, dict[str, str]]:
-    """The comments of the annotated names in each class of a module, by the class's qualname."""
+    """Returns the comments of annotated names in each class of a module, by qualname."""
     source = inspect.getsource(module)
     lines = source.splitlines()
     classes: dict[str, dict[str, str]] = {}

@@ -18,7 +18,7 @@ RUN_CONFIG = "experiment.json"
 
 
 def load_config(path: str) -> Experiment:
-    """Run a Python file and return what its ``get_config()`` returns.
+    """Runs a Python file and returns what its ``get_config()`` returns.
 
     Raises:
       UserError: for a file that is missing or not Python, without ``get_config``, with a result
@@ -75,7 +75,7 @@ def load_config(path: str) -> Experiment:
 
 
 def run_config(prompt: str) -> Experiment | None:
-    """The experiment of the run that a prompt belongs to, from the run's ``experiment.json``.
+    """Returns the experiment of a prompt's run, from the run's ``experiment.json``.
 
     ``prompt`` is the run's working directory, a folder in it, or a file in either.  None without
     such a file; UserError for a file that is not an experiment.
@@ -91,7 +91,10 @@ def run_config(prompt: str) -> Experiment | None:
 
 
 def saved_config(prompt: str) -> Experiment | None:
-    """As ``run_config``, with ``data.module`` as saved: to compare with, never to import."""
+    """Returns what ``run_config`` does, with ``data.module`` as saved.
+
+    It is for comparisons, and never for imports.
+    """
     path = Path(prompt)
     for folder in [path, *path.parents][:2] if path.is_dir() else list(path.parents)[:2]:
         file = folder / RUN_CONFIG

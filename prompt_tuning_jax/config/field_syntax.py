@@ -18,7 +18,7 @@ _AUTO_BUCKETS = 4
 
 
 def parse_buckets(text: str) -> tuple[tuple[int, ...], int]:
-    """``data.buckets`` as the lengths that are given, and how many to choose automatically.
+    """Returns ``data.buckets`` as the lengths that are given, and how many to choose automatically.
 
     >>> parse_buckets("64,128"), parse_buckets("auto:6"), parse_buckets("none")
     (((64, 128), 0), ((), 6), ((), 0))
@@ -47,7 +47,7 @@ def parse_buckets(text: str) -> tuple[tuple[int, ...], int]:
 
 
 def parse_class_weights(entries: Sequence[str]) -> dict[str, float]:
-    """``data.class_weights`` as weights by label; empty for ``balanced``.
+    """Returns ``data.class_weights`` as weights by label; empty for ``balanced``.
 
     >>> parse_class_weights(["a=b=2", "c=0.5"])
     {'a=b': 2.0, 'c': 0.5}
@@ -72,7 +72,7 @@ def parse_class_weights(entries: Sequence[str]) -> dict[str, float]:
 
 
 def parse_rates(entries: Sequence[str]) -> list[tuple[Any, float]]:
-    """``optimizer.rates`` as pairs of a compiled pattern and a factor.
+    """Returns ``optimizer.rates`` as pairs of a compiled pattern and a factor.
 
     Raises:
       UserError: for an entry that is not REGEX=FACTOR.
@@ -109,12 +109,12 @@ def parse_numbers(entries: Sequence[str], *, field: str) -> list[tuple[Any, floa
 
 
 def first_match(numbers: Sequence[tuple[Any, float]], path: str, default: float) -> float:
-    """The number of the first pattern that matches the whole path."""
+    """Returns the number of the first pattern that matches the whole path."""
     return next((number for pattern, number in numbers if pattern.fullmatch(path)), default)
 
 
 def _name_and_factor(entry: str) -> tuple[str, float | None]:
-    """``NAME=FACTOR``; the factor is None if it is not a finite number of at least 0."""
+    """Returns ``NAME=FACTOR``; the factor is None if it is not a finite number of at least 0."""
     name, equals, text = entry.rpartition("=")
     try:
         factor = float(text)
@@ -124,7 +124,7 @@ def _name_and_factor(entry: str) -> tuple[str, float | None]:
 
 
 def parse_rules(entries: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """``mesh.rules`` as the mesh axes of each logical axis; without any, it is replicated.
+    """Returns ``mesh.rules`` as the mesh axes of each logical axis; without any, it is replicated.
 
     >>> parse_rules(["embed=fsdp", "vocab=", "batch=data+fsdp"])
     {'embed': ('fsdp',), 'vocab': (), 'batch': ('data', 'fsdp')}
@@ -160,7 +160,10 @@ def logits_processor_errors(
     no_repeat_ngram_size: int,
     max_length: int | None = None,
 ) -> Iterator[str]:
-    """What is wrong with options of text generation, each message beginning with its name."""
+    """Yields what is wrong with options of text generation.
+
+    Each message begins with the option's name.
+    """
     for name, value in (
         ("min_length", min_length),
         ("no_repeat_ngram_size", no_repeat_ngram_size),

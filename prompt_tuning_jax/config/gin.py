@@ -43,7 +43,7 @@ def experiment_from_gin(
     bindings: Sequence[str] = (),
     search_paths: Sequence[str] = (),
 ) -> Experiment:
-    """The experiment that gin files, then bindings, describe; later bindings win.
+    """Returns the experiment that gin files, then bindings, describe; later bindings win.
 
     Args:
       gin_files: paths relative to the current folder or to a search path.
@@ -85,7 +85,10 @@ def _method_names() -> set[str]:
 
 
 def _configurable(selector: str, where: str) -> str:
-    """The class name of a selector, which may begin with this package or the class's module."""
+    """Returns the class name of a selector.
+
+    A selector may begin with this package or the class's module.
+    """
     module, _, name = selector.rpartition(".")
     known = _configurables()
     if name not in known or module not in (*_MODULES, known[name].__module__):
@@ -109,16 +112,16 @@ class _Reader(GinReader):
     mentioned: set[str] = field(default_factory=set)
 
     def flags(self) -> dict[str, Bound]:
-        """The macros that flags set."""
+        """Returns the macros that flags set."""
         return {name: bound for name, bound in self.macros.items() if bound.is_flag}
 
     def take_t5x_flags(self) -> dict[str, Bound]:
-        """Take out the flags with T5X's macros that no value refers to: they set fields."""
+        """Takes out the flags with T5X's macros that no value refers to: they set fields."""
         names = self.flags().keys() & T5X_MACROS.keys() - self.mentioned
         return {name: self.macros.pop(name) for name in sorted(names)}
 
     def check_macros_used(self) -> None:
-        """UserError for a macro that no value refers to, which may be a typo."""
+        """Raises UserError for a macro that no value refers to, which may be a typo."""
         for name, bound in self.macros.items():
             if name not in self.mentioned:
                 known = sorted(self.mentioned - {REQUIRED})
@@ -170,7 +173,10 @@ class _Resolver:
         self._items = 0
 
     def experiment(self) -> dict[str, Any]:
-        """The fields of an Experiment, for ``from_dict``, with groups that have no binding."""
+        """Returns the fields of an Experiment, for ``from_dict``.
+
+        Groups without a binding are included.
+        """
         values = self._parameters(Reference((), Experiment.__name__, True))
         defaults = Experiment()
         for section in fields(Experiment):
@@ -188,7 +194,7 @@ class _Resolver:
         return values
 
     def check_flags_used(self) -> None:
-        """UserError for a ``--gin.NAME=VALUE`` that has no effect."""
+        """Raises UserError for a ``--gin.NAME=VALUE`` that has no effect."""
         for key, bound in self._bindings.items():
             if bound.is_flag and key not in self._used:
                 used = str(key).rpartition(".")[0]
@@ -203,7 +209,7 @@ class _Resolver:
         return bound.where if bound else section
 
     def _parameters(self, reference: Reference) -> dict[str, Any]:
-        """The values bound to a configurable; an inner scope wins over an outer one."""
+        """Returns the values bound to a configurable; an inner scope wins over an outer one."""
         keys: dict[str, Key] = {}
         for depth in range(len(reference.scopes) + 1):
             scope = "/".join(reference.scopes[:depth])
@@ -217,7 +223,7 @@ class _Resolver:
         }
 
     def _value(self, value: Any, name: str, where: str, within: tuple[str, ...] = ()) -> Any:
-        """The value, bound to ``name``, with its macros replaced."""
+        """Returns the value, bound to ``name``, with its macros replaced."""
         self._items += 1
         if self._items > MAX_ITEMS:
             raise UserError(f"{where}: {name} has too many items")

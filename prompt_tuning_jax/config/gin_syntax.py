@@ -75,7 +75,7 @@ class _Delegate(config_parser.ParserDelegate):
 
 
 def macro_names(value: Any) -> set[str]:
-    """The macros that a value refers to."""
+    """Returns the macros that a value refers to."""
     if isinstance(value, Macro):
         return {value.name}
     if isinstance(value, dict):
@@ -98,18 +98,18 @@ class GinReader(ABC):
 
     @abstractmethod
     def bind(self, statement: Any, bound: Bound) -> None:
-        """Take a binding of a parameter, or of a macro, which has no ``arg_name``."""
+        """Takes a binding of a parameter, or of a macro, which has no ``arg_name``."""
 
     @abstractmethod
     def declare(self, selector: str, where: str) -> None:
-        """Take the first line of a block of bindings."""
+        """Takes the first line of a block of bindings."""
 
     @abstractmethod
     def import_module(self, statement: Any, where: str) -> None:
-        """Take an import statement."""
+        """Takes an import statement."""
 
     def read_named_file(self, name: str) -> None:
-        """Read a file of the command line; UserError if no folder has it."""
+        """Reads a file of the command line; UserError if no folder has it."""
         path = self.find(name, self.folders)
         if path is None:
             searched = ", ".join(str(folder) for folder in self.folders[1:])
@@ -118,7 +118,7 @@ class GinReader(ABC):
         self.read_file(path, shown=name)
 
     def read_file(self, path: Path, *, shown: str) -> None:
-        """Read a file and those that it includes; UserError if one cannot be read."""
+        """Reads a file and those that it includes; UserError if one cannot be read."""
         resolved = path.resolve()
         if resolved in self._open:
             raise UserError(f"gin file {shown} includes itself")
@@ -138,7 +138,7 @@ class GinReader(ABC):
         self._open.pop()
 
     def read_flag(self, binding: str) -> None:
-        """Read ``NAME=VALUE`` of the command line; UserError for anything else."""
+        """Reads ``NAME=VALUE`` of the command line; UserError for anything else."""
         name, equals, _ = binding.partition("=")
         if not equals:
             raise UserError(f"--gin.{binding}: expected --gin.NAME=VALUE")
@@ -177,12 +177,12 @@ class GinReader(ABC):
 
     @staticmethod
     def find(name: str, folders: Sequence[Path]) -> Path | None:
-        """The file of this name in the first folder that has it; None if none has."""
+        """Returns the file of this name in the first folder that has it; None if none has."""
         return next((path for folder in folders if (path := folder / name).is_file()), None)
 
 
 def _statements(text: str, *, shown: str, is_flag: bool) -> Iterator[Any]:
-    """The statements of a text, one by one; UserError for the first that cannot be read."""
+    """Yields the statements of a text, one by one; UserError for the first that cannot be read."""
     line = 0
     try:
         # Not a for loop: a parser that runs out of tokens inside a statement raises StopIteration,
@@ -210,5 +210,5 @@ def _statements(text: str, *, shown: str, is_flag: bool) -> Iterator[Any]:
 
 
 def search_folders(search_paths: Sequence[str]) -> list[Path]:
-    """The current folder, then the search paths that are not empty."""
+    """Returns the current folder, then the search paths that are not empty."""
     return [Path.cwd(), *(Path(path) for path in search_paths if path)]

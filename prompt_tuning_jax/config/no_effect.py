@@ -58,7 +58,7 @@ def require_effect(
     prompts: int = 0,
     bare_prompts: bool = False,
 ) -> None:
-    """UserError for a field that the user sets and that has no effect on the command.
+    """Raises UserError for a field that the user sets and that has no effect on the command.
 
     Args:
       given: the option that sets each field, for example ``--steps`` for ``training.steps``.
@@ -78,7 +78,7 @@ def require_effect(
 
 
 def _reason(field: str, experiment: Experiment, *, command: str) -> str:
-    """Why other fields make this one irrelevant; empty if they do not."""
+    """Returns why other fields make this one irrelevant; empty if they do not."""
     data, optimizer, training = experiment.data, experiment.optimizer, experiment.training
     combine = getattr(experiment.method, "combine", "")
     falls = optimizer.schedule in ("linear", "cosine")
@@ -134,7 +134,10 @@ def _reason(field: str, experiment: Experiment, *, command: str) -> str:
 def _reason_without_training(
     field: str, experiment: Experiment, *, command: str, prompts: int, bare_prompts: bool
 ) -> str:
-    """Why the field is irrelevant to a command that does not train; empty if it is relevant."""
+    """Returns why the field is irrelevant to a command that does not train.
+
+    Returns "" if it is relevant.
+    """
     method = experiment.method
     group = field.partition(".")[0]
     if group == "method" and not method.composes_inputs:
@@ -156,5 +159,5 @@ def _reason_without_training(
 
 
 def _uses_seeds(experiment: Experiment) -> bool:
-    """Whether the result of an evaluation depends on the seeds."""
+    """Returns whether the result of an evaluation depends on the seeds."""
     return experiment.method.composes_inputs or experiment.model.random_weights

@@ -33,7 +33,7 @@ _ALIASES = {
 
 
 def apply_override(experiment: Experiment, override: str) -> Experiment:
-    """The experiment with one field replaced, for example ``optimizer.learning_rate=0.1``.
+    """Returns the experiment with one field replaced, for example ``optimizer.learning_rate=0.1``.
 
     A tuple is written as ``0,1,2`` or as a JSON list.  A method is written as its name
     (``method=full``) and has its default fields.
@@ -65,7 +65,7 @@ def apply_override(experiment: Experiment, override: str) -> Experiment:
 
 
 def apply_overrides(experiment: Experiment, overrides: Iterable[str]) -> Experiment:
-    """The experiment with the overrides applied from left to right, but the method first.
+    """Returns the experiment with the overrides applied from left to right, but the method first.
 
     A different method also sets the fields of the optimizer in its ``default_optimizer``.
     """
@@ -79,7 +79,7 @@ def apply_overrides(experiment: Experiment, overrides: Iterable[str]) -> Experim
 
 
 def _with_default_optimizer(experiment: Experiment, before: MethodConfig) -> Experiment:
-    """The experiment with the optimizer's fields that the new method, or the last one, changes."""
+    """Returns the experiment with the optimizer's fields that the new or last method changes."""
     optimizer = experiment.optimizer
     defaults = type(optimizer)()
     # Other fields keep the values that the config chose.
@@ -93,7 +93,7 @@ def _path(override: str) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config dataclass as nested dicts, lists, strings and numbers."""
+    """Returns a config dataclass as nested dicts, lists, strings and numbers."""
     hints = field_types(type(config))
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
@@ -106,12 +106,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Experiment:
-    """The inverse of ``to_dict``; missing fields have their defaults."""
+    """Returns the inverse of ``to_dict``; missing fields have their defaults."""
     return checked_experiment(values)
 
 
 def checked_experiment(value: Any) -> Experiment:
-    """An experiment, or its dict, as an experiment with each value in the type of its field.
+    """Returns an experiment, or its dict, with each value in the type of its field.
 
     Lists become tuples, and whole numbers floats, where the field has that type.  UserError names
     the field, the expected type and the value.
@@ -122,12 +122,12 @@ def checked_experiment(value: Any) -> Experiment:
 
 
 def to_json(experiment: Experiment) -> str:
-    """The whole experiment, with defaults; ``from_json`` returns an equal one."""
+    """Returns the whole experiment, with defaults; ``from_json`` returns an equal one."""
     return json.dumps(to_dict(experiment), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def from_json(text: str | bytes) -> Experiment:
-    """The inverse of ``to_json``; UserError names the field that is wrong."""
+    """Returns the inverse of ``to_json``; UserError names the field that is wrong."""
     values = read_json(text, of="not the JSON of an experiment", max_bytes=MAX_BYTES)
     if not isinstance(values, dict):
         raise UserError(f"not the JSON of an experiment: {_show(values)}")
@@ -135,19 +135,19 @@ def from_json(text: str | bytes) -> Experiment:
 
 
 def method_to_json(method: MethodConfig) -> str:
-    """The config of a method and its class; ``method_from_json`` returns an equal one."""
+    """Returns the config of a method and its class; ``method_from_json`` returns an equal one."""
     return json.dumps({CLASS: type(method).__name__} | to_dict(method), allow_nan=False)
 
 
 def method_from_json(text: str, *, of: str = "a method's config") -> MethodConfig:
-    """The inverse of ``method_to_json``; the message of a UserError begins with ``of``."""
+    """Returns the inverse of ``method_to_json``; the message of a UserError begins with ``of``."""
     value = read_json(text, of=of, max_bytes=MAX_BYTES)
     method: MethodConfig = checked(value, MethodConfig, "method")
     return method
 
 
 def diff(a: Experiment, b: Experiment) -> list[str]:
-    """The fields that differ, one line each: ``optimizer.learning_rate: 0.3 -> 0.1``.
+    """Returns the fields that differ, one line each: ``optimizer.learning_rate: 0.3 -> 0.1``.
 
     Two different methods are compared by the fields that both have.
     """
@@ -160,7 +160,7 @@ def diff(a: Experiment, b: Experiment) -> list[str]:
 
 
 def checked(value: Any, annotation: Any, path: str = "") -> Any:
-    """The value as the annotated type, with each field of a dataclass checked.
+    """Returns the value as the annotated type, with each field of a dataclass checked.
 
     A dataclass may be given as a dict, a tuple as a list and a float as a whole number.  UserError
     names the path, the expected type and the value.
@@ -188,7 +188,7 @@ def checked(value: Any, annotation: Any, path: str = "") -> Any:
 
 
 def group_classes(annotation: Any) -> tuple[type, ...]:
-    """The dataclasses that a field of this type may hold; empty for a plain value."""
+    """Returns the dataclasses that a field of this type may hold; empty for a plain value."""
     if annotation is MethodConfig:
         return tuple(METHODS.values())
     is_group = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
@@ -219,7 +219,7 @@ def _checked_group(value: Any, classes: tuple[type, ...], path: str) -> Any:
 
 
 def _read(text: str, annotation: Any, path: str) -> Any:
-    """The text as a value of the annotated type; the text itself if it is not one."""
+    """Returns the text as a value of the annotated type; the text itself if it is not one."""
     if annotation is MethodConfig:
         if (name := text.strip().lower()) in METHODS:
             return METHODS[name]()
@@ -240,7 +240,7 @@ def _read(text: str, annotation: Any, path: str) -> Any:
 
 
 def _suggest_method(text: str) -> str:
-    """The method that was probably meant, and all methods."""
+    """Returns the method that was probably meant, and all methods."""
     name = text.strip().lower().replace("-", "_")
     return suggest(_ALIASES.get(name, name), METHODS, most=len(METHODS))
 
@@ -273,7 +273,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _no_such_field(path: str, experiment: Experiment) -> str:
-    """A message with the nearest paths, whether the group or the field is misspelled."""
+    """Returns a message with the nearest paths, whether the group or the field is misspelled."""
     *groups, name = path.split(".")
     known = [p for p, _ in _leaves(to_dict(experiment)) if not p.endswith("." + CLASS)]
 

@@ -27,7 +27,7 @@ NAMED_MODELS = (*BUNDLED, *T5X_MODELS, *GGUF_MODELS)
 
 
 def with_whole_paths(experiment: Experiment) -> Experiment:
-    """The experiment with absolute paths, so that any folder is a valid working directory.
+    """Returns the experiment with absolute paths, so that any folder is a valid working directory.
 
     Names of models, ``gs://`` addresses and paths that do not exist stay as they are.
     """
@@ -39,7 +39,7 @@ def with_whole_paths(experiment: Experiment) -> Experiment:
 
 
 def moved_to(experiment: Experiment, folder: str | Path) -> Experiment:
-    """The experiment of a run that was moved to ``folder``, with the paths inside it updated."""
+    """Returns the experiment of a run that was moved to ``folder``, with updated paths."""
     before, now = experiment.training.workdir, os.path.abspath(folder)
     if not os.path.isabs(before) or before == now:
         return experiment
@@ -55,7 +55,7 @@ def moved_to(experiment: Experiment, folder: str | Path) -> Experiment:
 
 
 def _with_paths(experiment: Experiment, change: Callable[[str], str]) -> Experiment:
-    """The experiment with ``change`` applied to each field that may hold a path."""
+    """Returns the experiment with ``change`` applied to each field that may hold a path."""
     model, data, method = experiment.model, experiment.data, experiment.method
     named = model.name_or_path
     if named not in NAMED_MODELS and not model.random_weights:

@@ -26,7 +26,7 @@ class TextTemplate:
     columns: tuple[str, ...]
 
     def render(self, row: Mapping[str, str]) -> str:
-        """Put the row's values in place of the column names; raises KeyError for a missing one."""
+        """Puts the row's values in place of the column names; raises KeyError for a missing one."""
         text = self.literals[0]
         for column, literal in zip(self.columns, self.literals[1:], strict=True):
             text += row[column] + literal
@@ -34,7 +34,7 @@ class TextTemplate:
 
 
 def parse_template(template: str, *, field: str) -> TextTemplate:
-    """Parse ``"premise: {premise} hypothesis: {hypothesis}"``.
+    """Parses ``"premise: {premise} hypothesis: {hypothesis}"``.
 
     Raises UserError, naming ``field``, for unbalanced or empty braces and for a template that
     names no column (every example would be the same text).
@@ -62,5 +62,5 @@ def parse_template(template: str, *, field: str) -> TextTemplate:
 
 
 def column_template(column: str) -> TextTemplate:
-    """The template that is the value of one column."""
+    """Returns the template that is the value of one column."""
     return TextTemplate(literals=("", ""), columns=(column,))

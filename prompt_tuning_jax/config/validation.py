@@ -31,7 +31,9 @@ _MAX_SEED = 2**31
 
 
 def validate(experiment: Experiment) -> Experiment:
-    """The experiment with its values in their exact types; UserError for the first invalid value.
+    """Returns the experiment with its values in their exact types.
+
+    Raises UserError for the first invalid value.
 
     Checks the experiment only: whoever opens files, tasks and models checks that they exist.
     """

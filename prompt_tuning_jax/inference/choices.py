@@ -97,7 +97,7 @@ def rank_choices(
 
 
 def choices_of(example: Any, field: str, examples: TokenizedExamples) -> list[str]:
-    """The texts that an example chooses between, without repetitions."""
+    """Returns the texts that an example chooses between, without repetitions."""
     choices = example.get(field)
     if not isinstance(choices, list) or not choices or not all(isinstance(c, str) for c in choices):
         raise UserError(
@@ -107,7 +107,7 @@ def choices_of(example: Any, field: str, examples: TokenizedExamples) -> list[st
 
 
 def best_choice(scored: dict[str, tuple[float, int]], *, normalize_length: bool) -> str:
-    """The choice with the largest log-probability, or mean of it over tokens."""
+    """Returns the choice with the largest log-probability, or mean of it over tokens."""
     return max(
         scored, key=lambda c: scored[c][0] / (max(scored[c][1], 1) if normalize_length else 1)
     )

@@ -88,7 +88,7 @@ def convert(source: str | Path, destination: str | Path, **options: Any) -> Conv
 
 
 def _asks_for_method(source: str, destination: str | Path, to: Format | None) -> bool:
-    """Whether a T5X checkpoint is converted to another format of the method that it holds."""
+    """Returns whether a T5X checkpoint's method is converted to another format."""
     return holds_method(source) and format_of(Path(destination), to) not in ("hf", "t5x")
 
 

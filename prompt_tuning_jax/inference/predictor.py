@@ -373,7 +373,7 @@ def build_predictor(
 
 
 def _for_task(experiment: Experiment, task: Task) -> Experiment:
-    """The experiment with a task's own way of prediction."""
+    """Returns the experiment with a task's own way of prediction."""
     if not task.ranks:
         return experiment
     evaluation = dataclasses.replace(
@@ -383,7 +383,7 @@ def _for_task(experiment: Experiment, task: Task) -> Experiment:
 
 
 def _label_curves(examples: TokenizedExamples, predictions: Predictions) -> list[dict[str, float]]:
-    """For each member the areas under the curves of the second of two labels, in percent."""
+    """Returns each member's areas under the curves of the second of two labels, in percent."""
     first, second = examples.task.labels
     targets = [float(example["targets"] == second) for example in examples.texts]
     curves = []

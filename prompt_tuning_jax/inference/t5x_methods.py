@@ -25,7 +25,10 @@ from prompt_tuning_jax.models.t5.config import T5Config
 
 
 def holds_method(place: str | Path) -> bool:
-    """Whether a T5X checkpoint, or a folder of its checkpointer, holds more than a plain prompt."""
+    """Returns whether a T5X checkpoint holds more than a plain prompt.
+
+    It may also be a folder of the original's checkpointer.
+    """
     return _open(place) is not None
 
 

@@ -139,7 +139,7 @@ def _is_answer(kind: int) -> bool:
 
 
 def _changes(kind: int) -> bool:
-    """Whether training changes the tokens of a type."""
+    """Returns whether training changes the tokens of a type."""
     return kind % _NUM_TYPES != 0
 
 

@@ -135,7 +135,7 @@ def abstract_experiment(
 
 
 def _label_loss(experiment: Experiment) -> LabelLoss | None:
-    """The loss over labels of the longest targets, two if the config names none."""
+    """Returns the loss over labels of the longest targets, two if the config names none."""
     training, data = experiment.training, experiment.data
     if training.loss == "tokens":
         return None

@@ -62,7 +62,7 @@ class _Denoising(Objective):
     def _damaged(
         self, text_BW: np.ndarray, vocabulary: AnyVocabulary, *, indices_B: np.ndarray, seed: int
     ) -> np.ndarray:
-        """The inputs [B, T] for the text."""
+        """Returns the inputs [B, T] for the text."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,7 @@ def make_app(
     report: Callable[[str], None] = lambda name: None,
     on_started: Callable[[BaseException | None], None] = lambda error: None,
 ) -> FastAPI:
-    """The application; starting it compiles the service's first programs.
+    """Returns the application; starting it compiles the service's first programs.
 
     ``report`` is called with the name of each compiled program, and ``on_started`` once the start
     has finished or failed.  Predictions require ``token`` and changes ``admin_token``; without an
@@ -149,14 +149,14 @@ def make_app(
 
     @app.get("/healthz", response_model=schema.Status)
     async def healthz() -> Response:
-        """Whether the server is alive, also while it is starting or shutting down."""
+        """Returns whether the server is alive, also while it is starting or shutting down."""
         failed = app.state.starting.done() and app.state.starting.exception() is not None
         working = service.state == "starting" or service.scheduler.alive
         return status_of(service, 200 if working and not failed else 500)
 
     @app.get("/readyz", response_model=schema.Status, responses={503: {"model": schema.Status}})
     async def readyz() -> Response:
-        """Whether the server accepts requests: once the programs it needs are compiled."""
+        """Returns whether the server accepts requests: once the programs it needs are compiled."""
         return status_of(service, 200 if service.state == "ready" else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -287,7 +287,10 @@ def _page_file(file: str, media_type: str) -> Response:
 
 
 def _requiring(token: str, name: str, description: str) -> list[Any]:
-    """The dependencies of a path that requires a token, which OpenAPI shows by this name."""
+    """Returns the dependencies of a path that requires a token.
+
+    OpenAPI shows the token by this name.
+    """
     if not token:
         return []
     scheme = HTTPBearer(scheme_name=name, description=description, auto_error=False)
@@ -301,7 +304,7 @@ async def _predicted(
     began: float,
     images: Sequence[bytes] = (),
 ) -> Response:
-    """The results, unless the client goes before they are computed."""
+    """Returns the results, unless the client goes before they are computed."""
     work = asyncio.create_task(service.predict(body, images))
     gone = asyncio.create_task(_disconnected(request))
     try:
@@ -404,7 +407,7 @@ class _BoundedRequest(Request):
 
 
 def _methods_at(request: Request) -> list[str]:
-    """The HTTP methods of this path."""
+    """Returns the HTTP methods of this path."""
     methods: set[str] = set()
     for route in request.app.routes:
         if route.matches(request.scope)[0] is not Match.NONE:
@@ -413,7 +416,7 @@ def _methods_at(request: Request) -> list[str]:
 
 
 def status_of(service: Service, code: int) -> Response:
-    """The server's state, with this HTTP status."""
+    """Returns the server's state, with this HTTP status."""
     progress = service.engine.compiler.progress
     status = schema.Status(
         status=service.state,
@@ -428,7 +431,7 @@ def status_of(service: Service, code: int) -> Response:
 
 
 def info_of(task: ServedTask) -> schema.TaskInfo:
-    """A task as the list of tasks describes it."""
+    """Returns a task as the list of tasks describes it."""
     prompts = []
     for prompt in task.prompts:
         known = prompt.metadata
@@ -458,7 +461,7 @@ def info_of(task: ServedTask) -> schema.TaskInfo:
 
 
 def without_folder(name: str) -> str:
-    """The name; only the last part if it is a path on this machine or in a bucket."""
+    """Returns the name; only the last part if it is a path on this machine or in a bucket."""
     windows = pathlib.PureWindowsPath(name)
     if pathlib.Path(name).is_absolute() or windows.is_absolute() or "://" in name:
         return pathlib.PureWindowsPath(name.rstrip("/")).name or name
@@ -466,13 +469,13 @@ def without_folder(name: str) -> str:
 
 
 def as_json(model: BaseModel) -> Response:
-    """The response without its empty fields."""
+    """Returns the response without its empty fields."""
     return Response(model.model_dump_json(exclude_none=True), media_type="application/json")
 
 
 def error_of(
     status: int, message: str, *, field: str | None = None, headers: dict[str, str] | None = None
 ) -> Response:
-    """An error response."""
+    """Returns an error response."""
     body = schema.Error(error=schema.ErrorBody(message=message, field=field))
     return JSONResponse(body.model_dump(exclude_none=True), status_code=status, headers=headers)

@@ -123,7 +123,7 @@ class Compiler:
                 report(self._steps[key].name)
 
     def is_made(self, key: Hashable) -> bool:
-        """Whether this program is compiled; errors as ``wait_for``."""
+        """Returns whether this program is compiled; errors as ``wait_for``."""
         with self._changed:
             return self._is_made(key)
 

@@ -55,7 +55,7 @@ class Connections:
         return len(self._open)
 
     def enter(self, new: "Connection") -> bool:
-        """Whether a new connection is accepted; it may be restricted to ``for_health``.
+        """Returns whether a new connection is accepted; it may be restricted to ``for_health``.
 
         To make room, closes the connection that has been idle longest (of the same address, if that
         has too many).
@@ -192,7 +192,7 @@ Asgi: TypeAlias = Any  # uvicorn's type of an application
 
 
 def limited(limits: ConnectionLimits) -> type[Connection]:
-    """The class of one server's connections, for uvicorn."""
+    """Returns the class of one server's connections, for uvicorn."""
     return type("LimitedConnection", (Connection,), {"among": Connections(limits)})
 
 
@@ -242,7 +242,7 @@ def _open_files() -> int:
 
 
 def _client_of(one: Connection) -> str:
-    """The client's address; of IPv6 only the network, since clients choose the rest."""
+    """Returns the client's address; of IPv6 only the network, since clients choose the rest."""
     host = one.client[0] if one.client else ""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])

@@ -84,7 +84,7 @@ def init_decode_state(
 
 
 def idle_output(shapes: Shapes, pool: SlotPool) -> DecodeOutput:
-    """The output of slots of which none is decoded."""
+    """Returns the output of slots of which none is decoded."""
     slots = len(pool.slots)
     return DecodeOutput(
         ids_MS=np.zeros((slots, shapes.max_new_tokens), np.int32),

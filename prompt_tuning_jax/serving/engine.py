@@ -118,7 +118,7 @@ class Engine:
         self._made = self.compiler.made
 
     def programs(self) -> Iterator[Program]:
-        """Every program that reads inputs."""
+        """Returns every program that reads inputs."""
         # A model without classes answers nothing by itself.
         bare = not self.config.reads_images or self.config.vocab_size > 0
         specs = [spec for spec in self._caches if spec is not None or bare]
@@ -160,14 +160,14 @@ class Engine:
         return False
 
     def batch_key(self, row: Row) -> Hashable:
-        """Equal for rows that one program can compute together, if they are of similar length."""
+        """Returns a key, equal for rows of similar length that one program can compute together."""
         spec = row.adapter_spec
         if row.prompt is None or self._caches[spec].gathered:
             return spec
         return spec, row.prompt.number
 
     def can_decode(self, rows: Sequence[Row]) -> bool:
-        """Whether the device can hold at once all trained arrays that decoding these rows needs."""
+        """Returns whether the device can hold all trained arrays that decoding these rows needs."""
         wanted: dict[AdapterSpec, set[int]] = {}
         for row in rows:
             if row.prompt is not None and row.adapter_spec is not None:
@@ -175,7 +175,7 @@ class Engine:
         return all(len(numbers) <= self._caches[spec].capacity for spec, numbers in wanted.items())
 
     def rows_at_once(self, program: Program, waiting: int) -> int:
-        """The batch size that answers most rows per second if this many are waiting.
+        """Returns the batch size that answers most rows per second if this many are waiting.
 
         Only compiled programs count; the compiler remembers which one would be best.
         """
@@ -190,11 +190,14 @@ class Engine:
         return max(sizes, key=rate)
 
     def slots_for(self, program: Program) -> range:
-        """The slots that are filled now with rows of this program."""
+        """Returns the slots that are filled now with rows of this program."""
         return self.shapes.pool_of(self._with_decodable_slots(program).length).slots
 
     def usable(self, kind: Kind, rows: Sequence[Row]) -> Program:
-        """The fastest compiled program for these rows, at most as many as ``rows_at_once`` said."""
+        """Returns the fastest compiled program for these rows.
+
+        There are at most as many rows as ``rows_at_once`` said.
+        """
         size = next(size for size in self.shapes.batch_sizes if size >= len(rows))
         program = self.program_for(kind, rows, size)
         usable = self._usable(program)
@@ -203,7 +206,7 @@ class Engine:
         return usable
 
     def _usable(self, program: Program) -> Program | None:
-        """The program itself or, until it is compiled, the fastest that can replace it."""
+        """Returns the program itself or, until it is compiled, the fastest that can replace it."""
         if program not in self.seconds:
             self.compiler.want(program)
         program = self._with_decodable_slots(program)
@@ -217,7 +220,7 @@ class Engine:
         return min(others, key=self.seconds.__getitem__, default=None)
 
     def _with_decodable_slots(self, program: Program) -> Program:
-        """The program itself or, as long as its slots cannot be decoded, one for long slots."""
+        """Returns the program, or one for long slots as long as its own cannot be decoded."""
         *shorter, longest = self.shapes.pools
         pool = self.shapes.pool_of(program.length)
         if program.kind == "score" or pool not in shorter:
@@ -230,7 +233,7 @@ class Engine:
         return replace(program, length=longest.lengths[0])
 
     def _largest(self, pool: SlotPool, spec: AdapterSpec | None) -> tuple[Program, DecodeProgram]:
-        """The two programs that can generate whatever fits into these slots, row by row."""
+        """Returns the two programs that can generate whatever fits into these slots, row by row."""
         *_, width = self.shapes.widths(pool, spec)
         length = pool.lengths[-1]
         shape: Any = {"length": length, "prompt_length": width - length, "adapter_spec": spec}
@@ -239,7 +242,7 @@ class Engine:
         return reads, DecodeProgram(pool=pool, slots=slots, width=width, adapter_spec=spec)
 
     def program_for(self, kind: Kind, rows: Sequence[Row], size: int) -> Program:
-        """The smallest program of ``size`` rows that holds these rows of equal ``batch_key``."""
+        """Returns the smallest program of ``size`` rows for these rows of equal ``batch_key``."""
         spec = rows[0].adapter_spec
         length = self.shapes.length_for(max(len(row.ids) for row in rows))
         prompt_length: int | None
@@ -264,7 +267,7 @@ class Engine:
         )
 
     def score(self, rows: Sequence[Row], program: Program) -> list[list[float]]:
-        """The summed log-probability of each target of each row."""
+        """Returns the summed log-probability of each target of each row."""
         arrays, batch = self._batch(rows, program)
         made, targets = self._made[program], self._targets(rows, program)
         scores_BC = np.asarray(made(self._params, arrays, batch, targets))
@@ -342,7 +345,10 @@ class Engine:
             cache.clear()
 
     def _steps(self) -> Iterator[Step]:
-        """All programs in the order in which they are compiled; the first answer everything."""
+        """Returns all programs in the order in which they are compiled.
+
+        The first answer everything.
+        """
         shapes = self.shapes
         longest = shapes.prompt_lengths[-1]
         *shorter, long = shapes.pools
@@ -436,14 +442,14 @@ class Engine:
         return _compiled(function, self._params, prompt_PD)
 
     def _state_shardings(self, pool: SlotPool) -> dict[str, Any]:
-        """The state comes out as it goes in, or it would not fit the next call."""
+        """Returns the shardings of a state, which must leave a call as it entered it."""
         if not spans_devices(self._partitioner):
             return {}
         state = self._abstract_states[pool]
         return {"out_shardings": jax.tree.map(lambda one: one.sharding, state)}
 
     def _usable_decode(self, program: DecodeProgram) -> DecodeProgram:
-        """The program itself or, until it is compiled, the smallest that can replace it."""
+        """Returns the program itself or, until it is compiled, the smallest that can replace it."""
         if program in self._made:
             return program
         self.compiler.want(program)
@@ -464,7 +470,10 @@ class Engine:
         )
 
     def _slot_numbers(self, pool: SlotPool) -> tuple[int, ...]:
-        """How many adjacent slots can be decoded: on a mesh, which shards them, only all."""
+        """Returns how many adjacent slots can be decoded.
+
+        A mesh shards them, so that only all can be.
+        """
         slots = len(pool.slots)
         if spans_devices(self._partitioner):
             return (slots,)
@@ -488,7 +497,7 @@ class Engine:
         return time.perf_counter() - began
 
     def _batch(self, rows: Sequence[Row], program: Program) -> tuple[Any, Batch]:
-        """The cache's arrays with all prompts of these rows, and the rows on the device."""
+        """Returns the cache's arrays with all prompts of these rows, and the rows on the device."""
         columns = np.zeros((3, program.rows), np.int32)
         cache = self._caches[program.adapter_spec]
         arrays, columns[0, : len(rows)] = cache.take([row.prompt for row in rows])

@@ -365,7 +365,7 @@ class MethodLoader:
 
 
 def limits_attention(method: PromptTuning, *, causal: bool) -> bool:
-    """Whether the prompt or the input attends to less than it would in a plain prompt's batch."""
+    """Returns whether the prompt or the input attends to less than with a plain prompt."""
     before = causal and method.placement == "prefix"  # the prompt sees no input in any case
     sees_all = method.input_to_prompt and (method.prompt_to_input or before)
     among = method.prompt_to_prompt == "all" or (causal and method.prompt_to_prompt == "causal")

@@ -30,7 +30,7 @@ def keep_freed_memory() -> bool:
 
 
 def _on_the_host() -> bool:
-    """Whether JAX will find no accelerator, without asking it: that starts its threads."""
+    """Returns whether JAX will find no accelerator, without asking it: that starts its threads."""
     if platforms := jax.config.values["jax_platforms"]:
         return str(platforms).split(",")[0] == "cpu"
     return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))

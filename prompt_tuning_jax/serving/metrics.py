@@ -58,12 +58,12 @@ class Metrics:
             self.queue_seconds.observe(one)
 
     def rows_per_second(self) -> float:
-        """The mean of the last ten seconds."""
+        """Returns the mean of the last ten seconds."""
         self._forget()
         return sum(rows for _, rows in self._recent) / _RECENT
 
     def page(self) -> bytes:
-        """Prometheus's text format."""
+        """Returns Prometheus's text format."""
         return generate_latest(self.registry)
 
     def _forget(self) -> None:

@@ -27,7 +27,7 @@ _SECURITY = [
 
 
 def bearer(token: str) -> Callable[[Request], None]:
-    """A check of the Authorization header; an empty token requires nothing.
+    """Returns a check of the Authorization header; an empty token requires nothing.
 
     Clients may send a token with letters beyond ASCII as UTF-8 or as latin-1.
     """
@@ -45,7 +45,7 @@ def bearer(token: str) -> Callable[[Request], None]:
 
 
 def checked_token(token: str, *, of: str) -> str:
-    """The token without surrounding blanks.
+    """Returns the token without surrounding blanks.
 
     UserError that names ``of`` if it is blank or cannot be sent in a header.
     """
@@ -60,7 +60,7 @@ def checked_token(token: str, *, of: str) -> str:
 
 
 def checked_origin(origin: str, *, of: str) -> str:
-    """The origin; UserError that names ``of`` unless it has the form that browsers send."""
+    """Returns the origin; UserError that names ``of`` unless it has the form that browsers send."""
     if origin == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/@?#*,A-Z]+", origin):
         return origin
     raise UserError(

@@ -79,7 +79,7 @@ class Programs:
         *,
         prompt_length: int = 0,
     ) -> Array:
-        """``[B, C]``: summed log-probabilities of each row's targets, as in ranking.
+        """Returns ``[B, C]``: summed log-probabilities of each row's targets, as in ranking.
 
         A method that scores labels itself knows only its labels; any other target is impossible.
         """
@@ -211,7 +211,7 @@ class Programs:
     def _decode(
         self, params: FlatParams, arrays: Any, state: DecodeState, row_M: Array, steps: int
     ) -> DecodeState:
-        """The state after these steps, or fewer if all its slots are done."""
+        """Returns the state after these steps, or fewer if all its slots are done."""
         by_row = 0 if self._gathers else None
         if self._gathers:
             arrays = {name: array[row_M] for name, array in arrays.items()}
@@ -295,7 +295,7 @@ class Programs:
         return self.gathered and self.adapter_spec is not None
 
     def _by_row(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function(arrays, batch, ...)`` for arrays of which each row gathers its own."""
+        """Returns ``function(arrays, batch, ...)`` for arrays of which each row gathers its own."""
         if not self._gathers:
             return function
 
@@ -313,7 +313,7 @@ class Programs:
     def _read(
         self, params: FlatParams, arrays: Any, batch: Batch, prompt_length: int
     ) -> tuple[Model, Context, Injections]:
-        """The model, what it has read, and what is injected when it writes."""
+        """Returns the model, what it has read, and what is injected when it writes."""
         if self.adapter_spec is not None:
             attached = self._attached(params, arrays)
             return attached.model, *attached.read(batch.tokens_BT)
@@ -369,7 +369,9 @@ def _scored(
     padding: int,
     copies: int,
 ) -> Array:
-    """``[B, C]``: summed log-probabilities; ``logits_of`` predicts one target ``[B, S]`` a row.
+    """Returns ``[B, C]``: summed log-probabilities.
+
+    ``logits_of`` predicts one target ``[B, S]`` a row.
 
     ``copies`` is how often a ``vmap`` around it computes this at once.
     """

@@ -37,7 +37,7 @@ class Cache(Protocol):
         ...
 
     def abstract(self) -> Any:
-        """Shapes, dtypes and shardings of the arrays."""
+        """Returns shapes, dtypes and shardings of the arrays."""
         ...
 
     def clear(self) -> None:
@@ -144,7 +144,10 @@ class PromptCache:
         return self._copy.lower(self.abstract(), self._params, *new).compile()
 
     def take(self, members: Sequence[Served | None]) -> tuple[Any, HostArray]:
-        """The arrays that are held, and the row of each prompt; 0 for None, the bare model."""
+        """Returns the arrays that are held, and the row of each prompt.
+
+        0 for None, the bare model.
+        """
         wanted = {one.number: one for one in members if isinstance(one, ServedPrompt)}
         missing = [wanted[number] for number in self._lru.take(wanted)]
         self.hits += len(wanted) - len(missing)
@@ -162,7 +165,7 @@ class PromptCache:
         return abstract(self._held, self._partitioner)
 
     def _on_device(self, prompts: Sequence[ServedPrompt], size: int) -> tuple[Array, Array]:
-        """The rows ``[K]`` of at most K prompts, and the prompts ``[K, P, D]``."""
+        """Returns the rows ``[K]`` of at most K prompts, and the prompts ``[K, P, D]``."""
         row_K = np.full(size, self.capacity, np.int32)  # nowhere
         row_K[: len(prompts)] = [self._lru[prompt.number] for prompt in prompts]
         new_KPD = np.zeros((size, self._length, self._width), self._dtype)
@@ -259,7 +262,7 @@ def adapter_caches(
     max_methods: int,
     partitioner: Partitioner | None = None,
 ) -> Mapping[AdapterSpec, AdapterStack | SingleAdapters]:
-    """A cache for each spec: of ``max_methods``, or fewer where they are large."""
+    """Returns a cache for each spec: of ``max_methods``, or fewer where they are large."""
     rows = max(shapes.batch_sizes[-1], shapes.pools[-1].slots.stop)
     caches: dict[AdapterSpec, AdapterStack | SingleAdapters] = {}
     for spec in dict.fromkeys(method.adapter_spec for method in methods):
@@ -275,14 +278,14 @@ def adapter_caches(
 def device_put(
     array: HostArray, axes: tuple[str | None, ...], partitioner: Partitioner | None
 ) -> Array:
-    """The array on the device; on a mesh, sharded by its logical axes."""
+    """Returns the array on the device; on a mesh, sharded by its logical axes."""
     if not spans_devices(partitioner):
         return jnp.asarray(array)
     return jax.device_put(array, partitioner.sharding(axes, array.shape))
 
 
 def abstract(arrays: Any, partitioner: Partitioner | None) -> Any:
-    """Shapes, dtypes and, on a mesh, shardings, to compile for."""
+    """Returns shapes, dtypes and, on a mesh, shardings, to compile for."""
     on_mesh = spans_devices(partitioner)
 
     def one(array: Any) -> Any:

@@ -57,7 +57,7 @@ class ParsedInput:
 
 
 def too_many_rows(rows: int, limits: Limits) -> RefusedError:
-    """The error for a request that does not fit into the empty queue."""
+    """Returns the error for a request that does not fit into the empty queue."""
     message = f"{rows} rows (inputs times prompts); this server queues {limits.waiting_rows}"
     return RefusedError(413, message, field="inputs")
 
@@ -72,7 +72,10 @@ class RequestParser:
         self._encoded_labels = lru_cache(1024)(validator.label_ids_of)
 
     def parse_images(self, request: PredictRequest, images: Sequence[bytes]) -> list[ParsedInput]:
-        """One result per image file; ``request`` has their names as inputs, and their task."""
+        """Returns one result per image file.
+
+        ``request`` has their names as inputs, and their task.
+        """
         words = self._engine.vocabulary
         if not isinstance(words, ClassVocabulary):
             raise RefusedError(422, "this model reads text; POST it to /v1/predict", field="image")
@@ -103,7 +106,7 @@ class RequestParser:
             raise RefusedError(413, most, field=field)
 
     def parse(self, request: PredictRequest) -> list[ParsedInput]:
-        """One result per input; RefusedError for the first invalid field."""
+        """Returns one result per input; RefusedError for the first invalid field."""
         inputs, options = request.inputs, request.options
         if self._engine.config.reads_images:
             message = "this model reads images; POST them as a form to /v1/predict/images"
@@ -164,7 +167,7 @@ class RequestParser:
         return parsed
 
     def _check_labels(self, parsed: list[ParsedInput]) -> None:
-        """RefusedError if so many labels need more rows than the server queues."""
+        """Raises RefusedError if so many labels need more rows than the server queues."""
         shapes, most = self._engine.shapes, self._limits.waiting_rows
         pairs = sum(len(one.prompts) for one in parsed)
         rows, largest, at_once = 0, parsed[0], 1
@@ -183,7 +186,7 @@ class RequestParser:
             )
 
     def _task(self, name: str, number: int, request: PredictRequest) -> ServedTask:
-        """The task of this name; for ``TASK/PROMPT``, the task with this prompt only."""
+        """Returns the task of this name; for ``TASK/PROMPT``, the task with this prompt only."""
         if name == "":
             return BARE
         field = "task" if isinstance(request.task, str) else f"task[{number}]"
@@ -241,7 +244,7 @@ class RequestParser:
         return limit
 
     def _worded(self, task: ServedTask, given: Given, number: int, request: PredictRequest) -> str:
-        """The input with the task's wording, as in training."""
+        """Returns the input with the task's wording, as in training."""
         wording = AS_IT_IS if request.options.raw else task.wording
         field = f"inputs[{number}]"
         if (length := wording.length_with(given)) > _LONGEST:
@@ -255,7 +258,7 @@ class RequestParser:
     def _ids(
         self, text: str, task: ServedTask, number: int, request: PredictRequest
     ) -> tuple[tuple[int, ...], bool]:
-        """The input's token ids, as in training, and whether they are cut."""
+        """Returns the input's token ids, as in training, and whether they are cut."""
         words = self._engine.vocabulary
         wording = AS_IT_IS if request.options.raw else task.wording
         try:
@@ -279,7 +282,7 @@ class RequestParser:
 
 
 def _check_scores_labels(one: ParsedInput, number: int, request: PredictRequest) -> None:
-    """RefusedError for other texts than the labels of a method that scores labels itself."""
+    """Raises RefusedError for other texts than the labels of a method that scores labels itself."""
     for prompt in one.prompts:
         if prompt is None or not prompt.label_tokens:
             continue
@@ -308,7 +311,9 @@ def jobs_of(
     apart: bool = False,
     on_ids: OnIds | None = None,
 ) -> list[list[Job]]:
-    """For each input a job for each prompt of its task, or several if there are many labels.
+    """Returns for each input a job for each prompt of its task.
+
+    If there are many labels, several jobs share them.
 
     ``apart`` keeps tasks out of each other's batches.
     """
@@ -345,6 +350,6 @@ def jobs_of(
 def _in_parts(
     targets: tuple[tuple[int, ...], ...], shapes: Shapes
 ) -> list[tuple[tuple[int, ...], ...]]:
-    """The targets in parts that fit the compiled shapes."""
+    """Returns the targets in parts that fit the compiled shapes."""
     number = shapes.targets_at_once(max(map(len, targets)))
     return [targets[i : i + number] for i in range(0, len(targets), number)]

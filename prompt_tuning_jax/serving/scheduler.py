@@ -163,7 +163,10 @@ class Scheduler:
             return
 
     def _due(self, now: float) -> _Batch | None:
-        """The next batch, of the group whose first job has waited longest, if one is due."""
+        """Returns the next batch if one is due.
+
+        It is of the group whose first job has waited longest.
+        """
         slots = [*self._slots.values()]
         joining = True
         held_back: set[AdapterSpec | None] = set()

@@ -25,7 +25,7 @@ class _Server(uvicorn.Server):
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket bound to this address, not listening yet; port 0 takes a free port.
+    """Returns a socket bound to this address, not listening yet; port 0 takes a free port.
 
     UserError if the address is in use or does not belong to this machine.
     """
@@ -55,7 +55,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> str:
-    """The URL of a bound socket."""
+    """Returns the URL of a bound socket."""
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

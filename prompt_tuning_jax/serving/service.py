@@ -125,7 +125,7 @@ class Service:
             self.on_compiled()
 
     async def predict(self, request: PredictRequest, images: Sequence[bytes] = ()) -> list[Result]:
-        """One result for each input, or for each image file; or RefusedError."""
+        """Returns one result for each input, or for each image file; or RefusedError."""
         if images:
             self._require_ready()
             parsed = await asyncio.to_thread(self._parser.parse_images, request, images)
@@ -189,7 +189,7 @@ class Service:
             self._give_up(jobs)
 
     async def nearest_words(self, name: str) -> list[tuple[str, list[list[tuple[str, float]]]]]:
-        """For each prompt of a task and each of its positions, words and their cosines."""
+        """Returns for each prompt of a task and each of its positions, words and their cosines."""
         self._require_ready()
         task = self.tasks.get(name)
         if task is None:
@@ -313,7 +313,9 @@ def assembled(
     decode: Callable[[list[int]], str],
     divisors: Sequence[int] = (),
 ) -> Result:
-    """The result for one input; ``values`` are those of the first prompt, then of the second etc.
+    """Returns the result for one input.
+
+    ``values`` are those of the first prompt, then of the second etc.
 
     Each is a list of log-probabilities (several lists may hold one prompt's labels) or a
     ``GeneratedRow``.  ``divisors``, if given, divide the log-probabilities of the labels or target.

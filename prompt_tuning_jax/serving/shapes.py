@@ -61,7 +61,7 @@ class Program:
         return self.prompt_length + self.length
 
     def can_replace(self, other: "Program") -> bool:
-        """Whether everything that fits ``other`` fits this program, with the same result."""
+        """Returns whether whatever fits ``other`` fits this program, with the same result."""
         same = (self.kind, self.targets, self.adapter_spec)
         return same == (other.kind, other.targets, other.adapter_spec) and (
             self.length >= other.length
@@ -91,7 +91,7 @@ class DecodeProgram:
     adapter_spec: AdapterSpec | None = None
 
     def can_replace(self, other: "DecodeProgram") -> bool:
-        """Whether it decodes what ``other`` does."""
+        """Returns whether it decodes what ``other`` does."""
         same = self.adapter_spec is other.adapter_spec and self.pool == other.pool
         return same and self.slots >= other.slots and self.width >= other.width
 
@@ -157,26 +157,26 @@ class Shapes:
         return short, SlotPool(slots=long, lengths=self.lengths[half:])
 
     def pool_of(self, length: int) -> SlotPool:
-        """The slots for inputs that are padded to this length."""
+        """Returns the slots for inputs that are padded to this length."""
         return next(pool for pool in self.pools if length <= pool.lengths[-1])
 
     def length_for(self, tokens: int) -> int | None:
-        """The shortest length that holds this many tokens."""
+        """Returns the shortest length that holds this many tokens."""
         return _first(self.lengths, tokens)
 
     def prompt_length_for(self, tokens: int) -> int | None:
         return _first(self.prompt_lengths, tokens)
 
     def targets_for(self, number: int, length: int) -> Targets | None:
-        """The smallest that holds this many targets of this length."""
+        """Returns the smallest that holds this many targets of this length."""
         return next((one for one in self.targets if one.holds(number, length)), None)
 
     def targets_at_once(self, longest: int) -> int:
-        """How many targets of at most ``longest`` tokens one row can have."""
+        """Returns how many targets of at most ``longest`` tokens one row can have."""
         return max(one.number for one in self.targets if one.length >= longest)
 
     def programs(self, adapter_spec: AdapterSpec | None = None) -> Iterator[Program]:
-        """Every program that reads inputs for plain prompts or for one spec, smallest first."""
+        """Yields every program that reads inputs for plain prompts or one spec, smallest first."""
         prompt_lengths = self._prompt_lengths(adapter_spec)
         for length, rows, prompt in product(self.lengths, self.batch_sizes, prompt_lengths):
             shape: Any = {
@@ -192,12 +192,12 @@ class Shapes:
                 yield Program(kind="generate", **shape)
 
     def generates(self, adapter_spec: AdapterSpec | None) -> bool:
-        """Whether there are programs that generate text for this spec."""
+        """Returns whether there are programs that generate text for this spec."""
         scores_labels = adapter_spec is not None and bool(adapter_spec.label_tokens)
         return "generate" in self.modes and not scores_labels
 
     def widths(self, pool: SlotPool, adapter_spec: AdapterSpec | None = None) -> tuple[int, ...]:
-        """The numbers of encoder positions that the decoder attends to in these slots."""
+        """Returns the numbers of encoder positions that the decoder attends to in these slots."""
         prompt_lengths = self._prompt_lengths(adapter_spec)
         return tuple(sorted({p + t for p in prompt_lengths for t in pool.lengths}))
 
@@ -208,7 +208,10 @@ class Shapes:
 def targets_of(
     label_sets: Iterable[Sequence[Sequence[int]]], *, longest: int
 ) -> tuple[Targets, ...]:
-    """Shapes for sets of labels (token ids with their end) and for one target of any length."""
+    """Returns shapes for sets of labels and for one target of any length.
+
+    Labels are token ids with their end.
+    """
     numbers, lengths = [2], [2]
     for labels in label_sets:
         numbers.append(len(labels))
@@ -221,7 +224,7 @@ def targets_of(
 
 
 def prompt_lengths_of(lengths: Iterable[int], *, longest: int) -> tuple[int, ...]:
-    """At most two lengths to pad prompts to; the last is ``longest``."""
+    """Returns at most two lengths to pad prompts to; the last is ``longest``."""
     known = np.asarray([*lengths, longest])
     if known.min() == known.max():
         return (longest,)
@@ -262,7 +265,7 @@ class DecodeOptions:
 def token_array(
     rows: Sequence[Row], program: Program, ids: TokenIds, *, images: bool = False
 ) -> HostArray:
-    """``[B, T]``, each input followed by padding; or ``images``, uint8."""
+    """Returns ``[B, T]``, each input followed by padding; or ``images``, uint8."""
     shape = (program.rows, program.length)
     tokens_BT: HostArray = np.full(shape, ids.fill, np.int32)
     if images:
@@ -273,7 +276,7 @@ def token_array(
 
 
 def target_array(rows: Sequence[Row], program: Program, ids: TokenIds) -> HostArray:
-    """``[B, C, S]``, each target followed by padding."""
+    """Returns ``[B, C, S]``, each target followed by padding."""
     assert program.targets is not None
     shape = (program.rows, program.targets.number, program.targets.length)
     targets_BCS = np.full(shape, ids.fill, np.int32)
@@ -285,7 +288,7 @@ def target_array(rows: Sequence[Row], program: Program, ids: TokenIds) -> HostAr
 
 
 def decode_options(rows: Sequence[Row], program: Program, *, max_new_tokens: int) -> DecodeOptions:
-    """Each field as ``[B]``; unused rows generate one token."""
+    """Returns each field as ``[B]``; unused rows generate one token."""
 
     def column(values: list[Any], *, unused: Any, dtype: Any) -> HostArray:
         array_B = np.full(program.rows, unused, dtype)

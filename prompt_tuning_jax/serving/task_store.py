@@ -63,14 +63,14 @@ class TaskStore:
     def apply(
         self, tasks: Mapping[str, ServedTask], validator: PromptValidator
     ) -> dict[str, ServedTask]:
-        """The folder's own tasks with all changes applied to them."""
+        """Returns the folder's own tasks with all changes applied to them."""
         self._folder_tasks = dict(tasks)
         return self._load(validator)
 
     def refreshed(
         self, validator: PromptValidator, complain: Complain
     ) -> dict[str, ServedTask] | None:
-        """All tasks if another server has changed something since, otherwise None.
+        """Returns all tasks if another server has changed something since, otherwise None.
 
         A task that does not fit this server is left out, and ``complain`` is called with it.
         """
@@ -127,7 +127,7 @@ class TaskStore:
     def check_upload(
         self, content: bytes, validator: PromptValidator, *, name: str
     ) -> ServedPrompt:
-        """The prompt in an upload, validated like a file; the temporary file is removed."""
+        """Returns the prompt in an upload, validated like a file; the temporary file is removed."""
         if not content:
             raise UserError("the body is empty; send a prompt as .npy or .safetensors")
         aside = self._folder / _UPLOAD

@@ -68,7 +68,7 @@ class AdapterSpecs:
         self._known: dict[Any, AdapterSpec] = {}
 
     def of(self, attached: TunedModel, trainable: Mapping[str, HostArray]) -> AdapterSpec:
-        """The spec of an attached method whose trained arrays have these paths and shapes."""
+        """Returns the spec of an attached method whose arrays have these paths and shapes."""
         graphdef, _ = param_tree.split(attached)
         shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in trainable.items()}
         key = graphdef, tuple((name, s.shape, s.dtype.name) for name, s in sorted(shapes.items()))
@@ -188,7 +188,7 @@ class PromptValidator:
     peft_scale: float = 1.0  # ModelConfig.peft_prompt_scale
 
     def prompt(self, file: Path, *, name: str, run: Experiment | None = None) -> ServedPrompt:
-        """The prompt in a file or PEFT folder; UserError if it is damaged or does not fit.
+        """Returns the prompt in a file or PEFT folder; UserError if it is damaged or does not fit.
 
         ``run`` fills what its metadata does not say.
         """
@@ -198,7 +198,7 @@ class PromptValidator:
     def checked(
         self, prompt_PD: HostArray, metadata: PromptMetadata, *, name: str, of: Path
     ) -> ServedPrompt:
-        """The prompt of the file ``of``; UserError if it does not fit."""
+        """Returns the prompt of the file ``of``; UserError if it does not fit."""
         if isinstance(self.vocabulary, ClassVocabulary):
             raise UserError(
                 f"{of} is a prompt without the classifier that was trained with it; serve the "
@@ -228,7 +228,9 @@ class PromptValidator:
         )
 
     def task(self, name: str, prompts: Sequence[Served], labels: Sequence[str] = ()) -> ServedTask:
-        """A task of these prompts; without ``labels``, with those that they were trained on.
+        """Returns a task of these prompts.
+
+        Without ``labels``, with those that they were trained on.
 
         UserError if they were trained on different labels or with different wordings.
         """
@@ -267,11 +269,14 @@ class PromptValidator:
                 )
 
     def label_ids_of(self, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-        """The same for labels in a request."""
+        """Returns the same for labels in a request."""
         return self.label_ids(labels, field="labels")
 
     def label_ids(self, labels: Sequence[str], *, field: str) -> tuple[tuple[int, ...], ...]:
-        """Their tokens with the end of sequence; UserError for empty, equal or too long labels."""
+        """Returns their tokens with the end of sequence.
+
+        Raises UserError for empty, equal or too long labels.
+        """
         if isinstance(self.vocabulary, ClassVocabulary):  # classes have the order of their labels
             return tuple((number,) for number in range(len(labels)))
         seen: dict[tuple[int, ...], str] = {}
@@ -319,7 +324,7 @@ class Tasks:
 
 
 def check_name(name: str, *, field: str) -> str:
-    """The name; UserError unless it can be the name of a file in a folder."""
+    """Returns the name; UserError unless it can be the name of a file in a folder."""
     if not re.fullmatch(NAME, name):
         raise UserError(
             f"{field} is {name[:100]!r}; a name starts with a letter or digit, followed by up to "

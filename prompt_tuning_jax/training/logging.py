@@ -387,7 +387,7 @@ class _TensorBoard:
 
 
 def _text_value(tag: str, text: str) -> Any:
-    """A text in the form that TensorBoard's text plugin reads."""
+    """Returns a text in the form that TensorBoard's text plugin reads."""
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
     from tensorboard.compat.proto.types_pb2 import DT_STRING

@@ -46,7 +46,7 @@ def make_optimizer(config: Optimizer, mask: Mask) -> optax.GradientTransformatio
 def _adafactor(
     config: Optimizer, at_rate: optax.GradientTransformation
 ) -> list[optax.GradientTransformation]:
-    """Adafactor (Shazeer & Stern 2018), as in t5x/adafactor.py.
+    """Returns Adafactor (Shazeer & Stern 2018), as in t5x/adafactor.py.
 
     The learning rate does not scale the weight decay.  ``initial_step`` shifts the step in the
     second moment's decay, ``1 - (step + 1)**-0.8``: T5X continues to count from the step of the
@@ -71,7 +71,7 @@ def _adafactor(
 def _adamw(
     config: Optimizer, at_rate: optax.GradientTransformation
 ) -> list[optax.GradientTransformation]:
-    """AdamW (Loshchilov & Hutter 2019); the learning rate scales the weight decay."""
+    """Returns AdamW (Loshchilov & Hutter 2019); the learning rate scales the weight decay."""
     return [
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
         optax.add_decayed_weights(config.weight_decay),

@@ -145,7 +145,7 @@ class TaskEvaluation:
         self.samples: dict[str, str] = {}
 
     def __call__(self, members: Members, trainable: FlatParams) -> list[dict[str, float]]:
-        """The metrics of each member."""
+        """Returns the metrics of each member."""
         scores, predictions = evaluate_members(
             self._experiment, members, trainable, self._data, scores_alone=True
         )

@@ -13,7 +13,7 @@ _LONGEST = 2000  # characters of a text
 def sample_texts(
     evaluation: Mapping[str, TokenizedExamples], predictions: Mapping[str, Predictions]
 ) -> dict[str, str]:
-    """Markdown with predictions of the first member: title -> text.
+    """Returns Markdown with predictions of the first member: title -> text.
 
     For each task ``samples``, evenly spread over the examples and the same at each evaluation, and
     ``wrong samples``, likewise of the examples that the task's metrics count as wrong.
@@ -36,7 +36,7 @@ def _spread(pairs: Sequence[tuple[Example, str]]) -> list[tuple[Example, str]]:
 
 
 def _shown(pairs: Sequence[tuple[Example, str]]) -> str:
-    """One block for each pair, as code, so that no sign of a text is read as Markdown."""
+    """Returns one block for each pair, as code, so that no sign of a text is read as Markdown."""
     blocks = []
     for example, answer in pairs:
         lines = (

@@ -75,7 +75,10 @@ class Metadata:
         self.architecture = architecture
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A positive integer of the architecture, which the file may repeat for every layer."""
+        """Returns a positive integer of the architecture.
+
+        The file may repeat it for every layer.
+        """
         value = self._of(key, default)
         if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
             value = value[0].item()
@@ -86,7 +89,7 @@ class Metadata:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive number of the architecture, as short as its float32 allows: 1e-05."""
+        """Returns a positive number of the architecture, as short as its float32 allows: 1e-05."""
         value = self._of(key, default)
         if type(value) not in (int, float) or not np.isfinite(value) or value <= 0:
             raise self.error(
@@ -95,7 +98,7 @@ class Metadata:
         return float(str(np.float32(value)))
 
     def windows(self, window: int, *, period: int) -> tuple[int, ...]:
-        """The window of each layer, 0 where it is global.
+        """Returns the window of each layer, 0 where it is global.
 
         The last layer of each ``period`` is global, unless the file says which layers are.
         """
@@ -113,7 +116,7 @@ class Metadata:
         return tuple(window if each else 0 for each in local)
 
     def scaling(self) -> RopeScaling | None:
-        """The scaling of rotary positions that the metadata name."""
+        """Returns the scaling of rotary positions that the metadata name."""
         # As in llama.cpp, a factor alone is linear; old files have it under another key.
         key, old = "rope.scaling.factor", "rope.scale_linear"
         if self.has(old) and not self.has(key):
@@ -146,22 +149,22 @@ class Metadata:
         )
 
     def token_ids(self) -> TokenIds:
-        """The ids of padding and of all ends of a text."""
+        """Returns the ids of padding and of all ends of a text."""
         return token_ids_of(self._values, self.path)
 
     def bos(self) -> int:
-        """The id that begins a text; -1 if there is none."""
+        """Returns the id that begins a text; -1 if there is none."""
         value = self._values.get("tokenizer.ggml.bos_token_id", -1)
         if type(value) is not int or not -1 <= value < 2**31:
             raise self.error(f"tokenizer.ggml.bos_token_id is {repr(value)[:80]}")
         return value
 
     def error(self, message: str) -> UserError:
-        """An error that names the file."""
+        """Returns an error that names the file."""
         return UserError(f"{self.path}: {message}")
 
     def has(self, key: str) -> bool:
-        """Whether the file has a field of the architecture."""
+        """Returns whether the file has a field of the architecture."""
         return self._of(key, None) is not None
 
     def _of(self, key: str, default: Any) -> Any:
@@ -188,7 +191,10 @@ class Architecture:
 
 
 def config_of(metadata: Metadata) -> CausalLMConfig:
-    """The configuration of a model; whether its head is tied is for the caller to decide."""
+    """Returns the configuration of a model.
+
+    Whether its head is tied is for the caller to decide.
+    """
     heads = metadata.size("attention.head_count")
     width = metadata.size("embedding_length")
     head_dim = metadata.size("attention.key_length", max(1, width // heads))
@@ -224,7 +230,7 @@ def config_of(metadata: Metadata) -> CausalLMConfig:
 
 
 def permutation(heads: int, head_dim: int) -> np.ndarray:
-    """For each row of a query or key of ours, its row in the file.
+    """Returns for each row of our query or key its row in the file.
 
     llama.cpp rotates neighbors, and we rotate halves: within a head, row ``j * K / 2 + i`` of ours
     is row ``2 * i + j`` there.
@@ -260,7 +266,7 @@ def _llama(metadata: Metadata) -> dict[str, Any]:
 
 
 def _llama3_scaling(factors: np.ndarray, theta: float, metadata: Metadata) -> RopeScaling:
-    """Llama 3.1's scaling from the factors that its files hold instead of its parameters."""
+    """Returns Llama 3.1's scaling from the factors that its files hold."""
     scaling = RopeScaling(kind="llama3", factor=float(factors.max()))
     wavelengths = 2 * np.pi * theta ** (np.arange(len(factors)) / len(factors))
     longest = scaling.original_max_positions

@@ -55,7 +55,7 @@ class GGUFModel:
 
 
 def open_gguf(path: str | Path) -> tuple[CausalLMConfig, dict[str, LazyArray]]:
-    """A model as (configuration, parameters by our name); see ``open_gguf_model``."""
+    """Returns a model as (configuration, parameters by our name); see ``open_gguf_model``."""
     checkpoint = open_gguf_model(path)
     return checkpoint.config, checkpoint.params
 
@@ -96,7 +96,7 @@ def open_gguf_model(path: str | Path) -> GGUFModel:
     )
 
     def ours(tensor: LazyArray, name: str) -> LazyArray:
-        """Our parameter from a tensor, or from an array with its rows."""
+        """Returns our parameter from a tensor, or from an array with its rows."""
         width = shapes[name][-1]
         turned = architecture.permuted and ("/query/" in name or "/key/" in name)
         if turned and tensor.shape[0] == width:  # otherwise, a message tells the shapes
@@ -126,7 +126,7 @@ def open_gguf_model(path: str | Path) -> GGUFModel:
 
 
 def stored_types(path: Path) -> tuple[Counter[str], int]:
-    """The number of parameters of each type in a file that was opened, and the bytes of all."""
+    """Returns the number of parameters of each type in an opened file, and the bytes of all."""
     types: Counter[str] = Counter()
     size = 0
     for info in read_header(path)[1].values():

@@ -36,7 +36,7 @@ _CHUNK = 1 << 20
 
 
 def open_tensors(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, LazyArray]:
-    """The tensors by name, rows first; quantized ones are float32.
+    """Returns the tensors by name, rows first; quantized ones are float32.
 
     Raises UserError for types that cannot be dequantized, and for a file that is too short.
     """
@@ -67,7 +67,10 @@ class StoredBlocks:
 
 
 def open_blocks(path: Path, name: str, info: TensorInfo) -> StoredBlocks | None:
-    """The blocks of a tensor that was opened; None for a type whose blocks cannot be kept."""
+    """Returns the blocks of a tensor that was opened.
+
+    Returns None for a type whose blocks cannot be kept.
+    """
     kind, size = stored_type(info)
     if kind not in _KEPT or len(info.shape) != 2:
         return None
@@ -78,7 +81,7 @@ def open_blocks(path: Path, name: str, info: TensorInfo) -> StoredBlocks | None:
     where = f"{path}: {name[:200]}"
 
     def halves(at: int) -> LazyArray:
-        """The float16 numbers at these bytes of each block."""
+        """Returns the float16 numbers at these bytes of each block."""
 
         def read(index: Index) -> HostArray:
             pair = np.ascontiguousarray(stored[(*index, slice(at, at + 2))])
@@ -107,7 +110,7 @@ def open_blocks(path: Path, name: str, info: TensorInfo) -> StoredBlocks | None:
 
 
 def same_bytes(path: Path, left: TensorInfo, right: TensorInfo) -> bool:
-    """Whether two tensors that were opened have the same type, shape and bytes."""
+    """Returns whether two tensors that were opened have the same type, shape and bytes."""
     if (left.kind, left.shape) != (right.kind, right.shape):
         return False
     _, size = stored_type(left)
@@ -123,7 +126,7 @@ def same_bytes(path: Path, left: TensorInfo, right: TensorInfo) -> bool:
 
 
 def stored_type(info: TensorInfo) -> tuple[str, int]:
-    """The name of an opened tensor's type, and its bytes."""
+    """Returns the name of an opened tensor's type, and its bytes."""
     known = _type(info.kind)
     assert known is not None, "opened tensors have known types"
     kind, block, block_bytes = known
@@ -188,7 +191,7 @@ def _package() -> Any:
 
 @cache
 def _type(number: int) -> tuple[str, int, int] | None:
-    """A type's name, the elements of a block and its bytes; None for an unknown type."""
+    """Returns a type's name, the elements of a block and its bytes; None for an unknown type."""
     gguf = _package()
     try:
         kind = gguf.GGMLQuantizationType(number)

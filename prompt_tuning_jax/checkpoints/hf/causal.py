@@ -25,7 +25,7 @@ _LARGEST = 2**20  # bytes
 
 
 def causal_config(raw: Mapping[str, Any], path: Path) -> CausalLMConfig:
-    """The configuration of ``raw``, which ``path`` holds beside its generation_config.json.
+    """Returns the configuration of ``raw``, which ``path`` holds beside its generation_config.json.
 
     In a model that reads images, too, this is the configuration of its language model.
     """
@@ -43,7 +43,7 @@ def causal_config(raw: Mapping[str, Any], path: Path) -> CausalLMConfig:
 
 
 def read_generation_config(path: Path) -> dict[str, Any]:
-    """The generation_config.json beside ``config.json``; empty if there is none."""
+    """Returns the generation_config.json beside ``config.json``; empty if there is none."""
     beside = path.with_name(GENERATION_CONFIG)
     generation = read_json_file(beside, max_bytes=_LARGEST) if beside.is_file() else {}
     if not isinstance(generation, dict):
@@ -54,7 +54,7 @@ def read_generation_config(path: Path) -> dict[str, Any]:
 def open_causal(
     folder: Path, raw: Mapping[str, Any]
 ) -> tuple[CausalLMConfig, dict[str, LazyArray]]:
-    """A model as (configuration, parameters by our name in the stored dtype).
+    """Returns a model as (configuration, parameters by our name in the stored dtype).
 
     An output head that is a copy of the embedding table is dropped if ``config.json`` ties the two;
     one that differs is kept, and the model is not tied.  See ``open_hf`` for the errors.
@@ -78,7 +78,7 @@ def read_params(
     head_dim: int,
     path: Path,
 ) -> dict[str, LazyArray]:
-    """Our parameters from their tensors; UserError for other names or shapes."""
+    """Returns our parameters from their tensors; UserError for other names or shapes."""
     from prompt_tuning_jax.param_tree import require_same_names
 
     theirs = {name: table.tensor(name) for name in shapes}
@@ -96,7 +96,10 @@ def read_params(
 
 
 def causal_as_hf(config: CausalLMConfig, params: Mapping[str, LazyArray]) -> HfModel:
-    """A model as transformers has it; UserError if config.json would describe another model."""
+    """Returns a model as transformers has it.
+
+    Raises UserError if config.json would describe another model.
+    """
     described = described_config(config)
     generation = {key: described[key] for key in TOKEN_IDS} | {
         "eos_token_id": one_or_all(config.token_ids.all_eos)
@@ -112,7 +115,7 @@ def causal_as_hf(config: CausalLMConfig, params: Mapping[str, LazyArray]) -> HfM
 
 
 def described_config(config: CausalLMConfig) -> dict[str, Any]:
-    """config.json for transformers 4 and 5, without the dtype of the weights."""
+    """Returns config.json for transformers 4 and 5, without the dtype of the weights."""
     if config.model_type not in FAMILIES or FAMILIES[config.model_type].text_type:
         known = ", ".join(name for name, family in FAMILIES.items() if not family.text_type)
         raise UserError(f"model_type is {config.model_type!r}; only these are written: {known}")
@@ -135,14 +138,14 @@ def require_same_config(again: ModelConfig, config: ModelConfig, *, part: str = 
 
 
 def one_or_all(ids: tuple[int, ...]) -> int | list[int]:
-    """The ids as transformers writes them."""
+    """Returns the ids as transformers writes them."""
     return ids[0] if len(ids) == 1 else list(ids)
 
 
 def with_prefix(
     table: NameTable, stored: Mapping[str, LazyArray], *, path: Path
 ) -> dict[str, LazyArray]:
-    """The tensors by the names that the table has; UserError if two have the same."""
+    """Returns the tensors by the names that the table has; UserError if two have the same."""
     tensors: dict[str, LazyArray] = {}
     for name, array in stored.items():
         whole = table.with_prefix(name)

@@ -62,7 +62,7 @@ _ACTIVATIONS: dict[str, tuple[str, ...]] = {"relu": ("relu",), "gated-gelu": ("g
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json, for a T5 with transformers' defaults filled in.
+    """Returns config.json, for a T5 with transformers' defaults filled in.
 
     Raises UserError for a ``model_type`` that is not supported.
     """
@@ -84,18 +84,18 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def is_t5(model_type: str) -> bool:
-    """Whether a ``model_type`` is one of T5's own family."""
+    """Returns whether a ``model_type`` is one of T5's own family."""
     return model_type in _DEFAULTS
 
 
 def model_type_of(folder: str | Path) -> str:
-    """The model_type of a folder.  T5 1.1 and mT5 differ in nothing else."""
+    """Returns the model_type of a folder.  T5 1.1 and mT5 differ in nothing else."""
     kind: str = read_config(Path(folder) / CONFIG)["model_type"]
     return kind
 
 
 def scales_outputs(raw: Mapping[str, Any], *, has_head: bool, path: Path) -> bool:
-    """Whether the logits are the scaled decoder output times the embedding table.
+    """Returns whether the logits are the scaled decoder output times the embedding table.
 
     transformers 5 writes ``tie_word_embeddings: true`` for every T5, and ``scale_decoder_outputs``
     has the meaning that this flag had in 4.x.  An mT5 has only the flag: 4.x scales, 5 never does.
@@ -112,7 +112,10 @@ def scales_outputs(raw: Mapping[str, Any], *, has_head: bool, path: Path) -> boo
 
 
 def ties_unscaled(raw: Mapping[str, Any], *, path: Path) -> bool:
-    """Whether a model without scaling and without a head uses the embedding table as its head."""
+    """Returns whether the embedding table is the head, without scaling.
+
+    Applies to a model without scaled outputs and without a stored head.
+    """
     default = raw["model_type"] != "mt5"
     return _flag(raw, "tie_word_embeddings", default, path=path)
 
@@ -125,7 +128,7 @@ def _flag(raw: Mapping[str, Any], key: str, default: bool, *, path: Path) -> boo
 
 
 def config_from(raw: Mapping[str, Any], *, tied: bool, path: Path) -> T5Config:
-    """The configuration of ``raw``; ``tied`` depends on the weights, too."""
+    """Returns the configuration of ``raw``; ``tied`` depends on the weights, too."""
 
     def positive(key: str) -> int:
         value = raw[key]
@@ -161,7 +164,7 @@ def config_from(raw: Mapping[str, Any], *, tied: bool, path: Path) -> T5Config:
 
 
 def token_ids_from(raw: Mapping[str, Any], *, path: Path) -> TokenIds:
-    """The ids of padding, end and start from config.json and generation_config.json.
+    """Returns the ids of padding, end and start from config.json and generation_config.json.
 
     The latter takes precedence, as in transformers' ``generate``.
     """
@@ -205,7 +208,9 @@ def _token_id(
 
 
 def config_to(config: T5Config, dtype: str, *, model_type: str = "t5") -> dict[str, Any]:
-    """config.json for transformers 4 (tie_word_embeddings, torch_dtype) and 5 (the other fields).
+    """Returns config.json for transformers 4 and 5.
+
+    Version 4 reads tie_word_embeddings and torch_dtype, version 5 the other fields.
 
     ``model_type`` is t5 or mt5; models with a bias per layer are always umt5.
     """
@@ -250,7 +255,7 @@ def config_to(config: T5Config, dtype: str, *, model_type: str = "t5") -> dict[s
 def tokenizer_files(
     vocabulary_file: str | Path, config: ModelConfig
 ) -> dict[str, Path | dict[str, Any]]:
-    """The tokenizer's files for a folder: files to copy, or JSON to write.
+    """Returns the tokenizer's files for a folder: files to copy, or JSON to write.
 
     ``vocabulary_file`` is anything that ``load_vocabulary`` accepts except a folder; it must fit
     the model.

@@ -47,7 +47,7 @@ class ConfigReader(ConfigFields):
         self.values: dict[str, Any] = {"model_type": raw["model_type"]}
 
     def config(self) -> CausalLMConfig:
-        """The configuration; UserError for sizes that do not go together."""
+        """Returns the configuration; UserError for sizes that do not go together."""
         config = CausalLMConfig(**self.values)
         if config.num_heads % config.num_kv_heads:
             raise self._error(
@@ -231,7 +231,10 @@ class ConfigReader(ConfigFields):
         )
 
     def _attention_factor(self, entry: Mapping[str, Any], factor: float) -> float:
-        """The factor of YaRN's cosines and sines, which the file names or its scales imply."""
+        """Returns the factor of YaRN's cosines and sines.
+
+        The file names it, or its scales imply it.
+        """
         implied = yarn_attention_factor(factor)
         scales = ("mscale", "mscale_all_dim")
         if all(entry.get(key) for key in scales):
@@ -252,7 +255,7 @@ class ConfigReader(ConfigFields):
         return float(theta)
 
     def ids(self, key: str, default: int | None, *, of: Mapping[str, Any]) -> list[int]:
-        """The ids under a key, none for a default outside the vocabulary, and for -1."""
+        """Returns the ids under a key, none for a default outside the vocabulary, and for -1."""
         most = self.values["vocab_size"]
         if key not in of:
             return [] if default is None or default >= most else [default]

@@ -55,7 +55,7 @@ class FlaxArray:
 
 
 def scan_msgpack(buffer: memoryview) -> dict[str, FlaxArray]:
-    """The arrays of a nested map by their path, ``encoder/final_layer_norm/weight``.
+    """Returns the arrays of a nested map by their path, ``encoder/final_layer_norm/weight``.
 
     Raises ValueError for a truncated file, or anything but such a map.
     """
@@ -63,7 +63,9 @@ def scan_msgpack(buffer: memoryview) -> dict[str, FlaxArray]:
 
 
 def scan_tree(buffer: memoryview) -> dict[str, Any]:
-    """A map of maps, lists, texts, numbers and ``FlaxArray``s; large arrays are maps of chunks.
+    """Returns a map of maps, lists, texts, numbers and ``FlaxArray``s.
+
+    Large arrays are maps of chunks.
 
     Allocates memory for the file's actual content, not for the lengths that it claims.  Raises
     ValueError as ``scan_msgpack`` does.
@@ -78,7 +80,7 @@ def scan_tree(buffer: memoryview) -> dict[str, Any]:
 
 
 def whole_arrays(tree: Any, dtype_of: Callable[[str], np.dtype]) -> Any:
-    """The tree with each ``FlaxArray`` read; ValueError if one has a wrong length."""
+    """Returns the tree with each ``FlaxArray`` read; ValueError if one has a wrong length."""
     if isinstance(tree, dict) and _CHUNKED in tree:
         tree = _joined(tree)
     if isinstance(tree, dict):

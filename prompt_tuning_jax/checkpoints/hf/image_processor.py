@@ -16,7 +16,7 @@ _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 
 def read_processing(folder: Path, *, image_size: int, num_channels: int) -> ImageProcessing:
-    """The processing that the file of a folder says; transformers' default without a file.
+    """Returns the processing that the file of a folder says; transformers' default without a file.
 
     Raises UserError if the result is not of the model's size, and for what is not supported.
     """
@@ -80,7 +80,7 @@ def read_processing(folder: Path, *, image_size: int, num_channels: int) -> Imag
 
 
 def described_processing(config: ViTConfig) -> dict[str, Any]:
-    """The file's content, for transformers 4 and 5."""
+    """Returns the file's content, for transformers 4 and 5."""
     processing = config.processing
     pixels = processing.size or config.image_size
     square = {"height": config.image_size, "width": config.image_size}
@@ -101,7 +101,7 @@ def described_processing(config: ViTConfig) -> dict[str, Any]:
 
 
 def _size(value: Any, key: str, path: Path) -> dict[str, int]:
-    """A size as height and width, or as the shortest edge."""
+    """Returns a size as height and width, or as the shortest edge."""
     if type(value) is int:
         value = {"height": value, "width": value}
     known = isinstance(value, dict) and set(value) in ({"height", "width"}, {"shortest_edge"})

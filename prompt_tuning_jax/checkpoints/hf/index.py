@@ -40,7 +40,7 @@ class HfModel:
 
 
 def with_dtype(described: Mapping[str, Any]) -> Callable[[str], Mapping[str, Any]]:
-    """``HfModel.describe`` of a config.json in which only the dtype is missing."""
+    """Returns ``HfModel.describe`` of a config.json in which only the dtype is missing."""
     return lambda stored: {**described, "torch_dtype": stored, "dtype": stored}
 
 
@@ -102,7 +102,7 @@ def _most_common(arrays: Mapping[str, LazyArray], dtypes: Mapping[str, np.dtype]
 def _shards(
     arrays: Mapping[str, LazyArray], dtypes: Mapping[str, np.dtype], *, most: int
 ) -> dict[str, list[str]]:
-    """The arrays of each file; an array larger than ``most`` has a separate file."""
+    """Returns the arrays of each file; an array larger than ``most`` has a separate file."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, array in arrays.items():

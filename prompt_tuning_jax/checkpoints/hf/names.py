@@ -52,7 +52,7 @@ class NameTable:
     unused: str = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
     def tensor(self, name: str) -> str:
-        """Their name of a parameter; several of ours may be in one fused tensor."""
+        """Returns their name of a parameter; several of ours may be in one fused tensor."""
         module, _, leaf = name.rpartition("/")
         if module == HEAD:
             return f"{self.head}.{_LEAVES[leaf]}"
@@ -68,7 +68,10 @@ class NameTable:
         return f"{self.prefixes[0]}{layers}.{match[2]}.{theirs}.{_LEAVES[leaf]}"
 
     def layer_of(self, tensor: str, stack: str = "decoder") -> int | None:
-        """The number of the layer of one of their tensors; None outside the stack's layers."""
+        """Returns the number of the layer of one of their tensors.
+
+        Returns None outside the stack's layers.
+        """
         layers = re.escape(f"{self.prefixes[0]}{self._layers(stack)}.")
         match = re.match(layers + r"(\d{1,5})\.", tensor)
         return int(match[1]) if match else None
@@ -77,14 +80,14 @@ class NameTable:
         return self.encoder_layers if stack == "encoder" else self.layers
 
     def is_unused(self, tensor: str) -> bool:
-        """Whether a tensor of a file, with any prefix, is a buffer that no model uses."""
+        """Returns whether a tensor of a file, with any prefix, is a buffer that no model uses."""
         return any(
             tensor.startswith(prefix) and re.fullmatch(self.unused, tensor.removeprefix(prefix))
             for prefix in self.prefixes
         )
 
     def with_prefix(self, tensor: str) -> str:
-        """The name of a file's tensor with the prefix that this table has."""
+        """Returns the name of a file's tensor with the prefix that this table has."""
         module, _, leaf = tensor.rpartition(".")
         if f".{module}".endswith(f".{self.head}"):
             return f"{self.head}.{leaf}"
@@ -97,7 +100,7 @@ class NameTable:
     def read(
         self, name: str, tensor: LazyArray, shapes: Mapping[str, tuple[int, ...]], head_dim: int
     ) -> LazyArray:
-        """Our parameter from their tensor, of which only its part is read."""
+        """Returns our parameter from their tensor, of which only its part is read."""
         transposed = self.is_transposed(name)
         array = tensor.transposed() if transposed else tensor
         parts = self.parts(name)
@@ -109,7 +112,7 @@ class NameTable:
         return array
 
     def write(self, params: Mapping[str, LazyArray], head_dim: int) -> dict[str, LazyArray]:
-        """Their tensors of all our parameters."""
+        """Returns their tensors of all our parameters."""
         tensors: dict[str, LazyArray] = {}
         for name in params:
             theirs = self.tensor(name)
@@ -126,12 +129,12 @@ class NameTable:
         return tensors
 
     def is_transposed(self, name: str) -> bool:
-        """Whether their tensor of this parameter of ours is transposed."""
+        """Returns whether their tensor of this parameter of ours is transposed."""
         module, _, leaf = name.rpartition("/")
         return leaf == "kernel" and not (self.kernels_as_here and _LAYER.fullmatch(module))
 
     def parts(self, name: str) -> tuple[str, ...]:
-        """All our parameters in the tensor of this one."""
+        """Returns all our parameters in the tensor of this one."""
         module, _, leaf = name.rpartition("/")
         match = _LAYER.fullmatch(module)
         inside = match[3] if match else ""
@@ -142,7 +145,7 @@ class NameTable:
         return (name,)
 
     def order(self, widths: list[int], head_dim: int) -> list[HostArray]:
-        """For each part of a fused tensor, the numbers of its entries there."""
+        """Returns for each part of a fused tensor the numbers of its entries there."""
         total, count = sum(widths), len(widths)
         if self.fused_by_head:
             by_head = np.arange(total).reshape(-1, count, head_dim)

@@ -82,7 +82,9 @@ _LAYER = re.compile(r"(?:encoder|decoder)\.block\.\d+")
 
 
 def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, LazyArray], Path | None]:
-    """A model as (configuration, parameters by our name in the stored dtype, vocabulary file).
+    """Returns a model as (configuration, parameters by our name, vocabulary file).
+
+    Parameters keep their stored dtype.
 
     Only headers are read, and copies of the embedding table, which must be identical in a T5.  The
     arrays of the folder must be exactly the model's parameters; otherwise UserError lists what is
@@ -152,7 +154,7 @@ def _require_possible_layers(
 
 
 def read_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, HostArray], Path | None]:
-    """``open_hf`` with all arrays in memory, contiguous."""
+    """Returns ``open_hf`` with all arrays in memory, contiguous."""
     config, params, vocabulary = open_hf(folder)
     read = {name: np.ascontiguousarray(array.whole()) for name, array in params.items()}
     return config, read, vocabulary
@@ -168,7 +170,7 @@ def write_hf(
     max_shard_bytes: int = 5_000_000_000,
     model_type: str = "t5",
 ) -> None:
-    """Write a model as a folder that transformers loads.
+    """Writes a model as a folder that transformers loads.
 
     Args:
       folder: written atomically; in an existing one, the safetensors files of an earlier model are
@@ -248,7 +250,7 @@ def _as_lazy(name: str, array: Array | HostArray | LazyArray) -> LazyArray:
 
 
 def _without_copies(arrays: Mapping[str, LazyArray], *, path: Path) -> dict[str, LazyArray]:
-    """The arrays with the embedding table once, under its name ``shared.weight``."""
+    """Returns the arrays with the embedding table once, under its name ``shared.weight``."""
     tables = [name for name in (_SHARED, *COPIES_OF_SHARED) if name in arrays]
     if not tables:
         return dict(arrays)
@@ -262,7 +264,7 @@ def _without_copies(arrays: Mapping[str, LazyArray], *, path: Path) -> dict[str,
 def _with_head(
     raw: Mapping[str, Any], arrays: Mapping[str, LazyArray], *, folder: Path
 ) -> tuple[bool, dict[str, LazyArray]]:
-    """Whether the logits are the scaled decoder output times the table (T5 1.0), and the arrays.
+    """Returns whether the logits are scaled output times table (T5 1.0), and the arrays.
 
     A copy of the table as head is dropped from tied models; models that use the table unscaled get
     it as their head.

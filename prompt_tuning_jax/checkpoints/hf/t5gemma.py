@@ -54,7 +54,10 @@ _VISION = {
 
 
 def t5gemma_config(raw: Mapping[str, Any], path: Path) -> T5GemmaConfig:
-    """The configuration of ``raw``, which ``path`` holds beside its generation_config.json."""
+    """Returns the configuration of ``raw``.
+
+    ``path`` holds it beside its generation_config.json.
+    """
     kind = raw["model_type"]
     family, merged = T5GEMMA_FAMILIES[kind], kind == "t5gemma2"
     if raw.get("is_encoder_decoder", True) is not True:
@@ -136,7 +139,10 @@ def _token_ids(
     *,
     path: Path,
 ) -> TokenIds:
-    """The special token ids: generation_config.json's, then the model's, then its decoder's."""
+    """Returns the special token ids.
+
+    They are those of generation_config.json, else of the model, else of its decoder.
+    """
 
     def ids(key: str, default: int) -> list[int]:
         return reader.ids(key, None, of=raw) or reader.ids(key, default, of=decoder)
@@ -171,7 +177,7 @@ def _token_ids(
 def open_t5gemma(
     folder: Path, raw: Mapping[str, Any]
 ) -> tuple[T5GemmaConfig, dict[str, LazyArray]]:
-    """A model as (configuration, parameters by our name in the stored dtype).
+    """Returns a model as (configuration, parameters by our name in the stored dtype).
 
     Of a T5Gemma 2, what reads images is left unread.  If ``config.json`` ties the tables, copies
     of them are dropped; an output head that differs is kept, and the model is not tied.  See
@@ -221,7 +227,10 @@ def _check_copies(
 
 
 def t5gemma_as_hf(config: T5GemmaConfig, params: Mapping[str, LazyArray]) -> HfModel:
-    """A model as transformers has it; UserError if config.json would describe another model."""
+    """Returns a model as transformers has it.
+
+    Raises UserError if config.json would describe another model.
+    """
     described, generation = described_t5gemma(config)
     return HfModel(
         arrays=T5GEMMA_FAMILIES[config.model_type].names.write(params, config.head_dim),
@@ -231,7 +240,7 @@ def t5gemma_as_hf(config: T5GemmaConfig, params: Mapping[str, LazyArray]) -> HfM
 
 
 def described_t5gemma(config: T5GemmaConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json, without the dtype of the weights, and generation_config.json."""
+    """Returns config.json, without the dtype of the weights, and generation_config.json."""
     family, ids = T5GEMMA_FAMILIES[config.model_type], config.token_ids
     special = dict(zip(TOKEN_IDS, (ids.start, ids.eos, ids.pad), strict=True))
     stacks: list[dict[str, Any]] = []

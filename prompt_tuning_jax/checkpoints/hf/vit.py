@@ -37,7 +37,7 @@ _MOST_PIXELS = 2**14  # height and width of an image
 
 
 def open_vit(folder: Path, raw: Mapping[str, Any]) -> tuple[ViTConfig, dict[str, LazyArray]]:
-    """A model as (configuration, parameters by our name in the stored dtype).
+    """Returns a model as (configuration, parameters by our name in the stored dtype).
 
     A folder without a classifier is a model without labels.  See ``open_hf`` for the errors.
     """
@@ -62,7 +62,7 @@ def open_vit(folder: Path, raw: Mapping[str, Any]) -> tuple[ViTConfig, dict[str,
 
 
 def vit_as_hf(config: ViTConfig, params: Mapping[str, LazyArray]) -> HfModel:
-    """A model as transformers has it."""
+    """Returns a model as transformers has it."""
     writer = ConfigWriter(cast(Any, config))  # which reads the fields of any model's configuration
     describe_vit(writer)
     architecture = ARCHITECTURE if config.labels else WITHOUT_CLASSIFIER
@@ -81,7 +81,7 @@ def vit_as_hf(config: ViTConfig, params: Mapping[str, LazyArray]) -> HfModel:
 
 
 def vit_config(raw: Mapping[str, Any], path: Path, *, classes: int) -> ViTConfig:
-    """The configuration of ``raw``, with as many labels as the classifier has rows."""
+    """Returns the configuration of ``raw``, with as many labels as the classifier has rows."""
     reader = ConfigReader(raw, generation={}, path=path)
     describe_vit(reader)
     values = {name: value for name, value in reader.values.items() if name != "model_type"}
@@ -102,7 +102,10 @@ def vit_config(raw: Mapping[str, Any], path: Path, *, classes: int) -> ViTConfig
 
 
 def _labels(raw: Mapping[str, Any], path: Path, *, classes: int) -> tuple[str, ...]:
-    """The names of the classes, made different where two are the same (ImageNet's cranes)."""
+    """Returns the names of the classes.
+
+    Equal names (ImageNet's cranes) are made different.
+    """
     names = raw.get("id2label")
     if names is None:
         return tuple(f"LABEL_{number}" for number in range(classes))
@@ -151,7 +154,7 @@ def _theirs(name: str, array: LazyArray, shape: tuple[int, ...]) -> LazyArray:
 
 
 def _reshaped(array: LazyArray, shape: tuple[int, ...]) -> LazyArray:
-    """The array in another shape, read as a whole unless its shape stays."""
+    """Returns the array in another shape, read as a whole unless its shape stays."""
     if array.shape == shape:
         return array
     return LazyArray(

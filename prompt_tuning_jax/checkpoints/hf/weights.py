@@ -41,7 +41,7 @@ _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 def open_weights(
     folder: Path, *, is_unused: IsUnused = lambda name: False, flax: bool = True
 ) -> tuple[Path, dict[str, LazyArray]]:
-    """The file or index of the weights, and its tensors by torch's names.
+    """Returns the file or index of the weights, and its tensors by torch's names.
 
     Of several formats, the first of safetensors, Flax and torch is used.  Only headers are read
     before an array is.  Tensors for which ``is_unused`` is true are left out, and may be of any

@@ -75,12 +75,12 @@ class PeftPrompt:
 
 
 def is_peft(folder: Path) -> bool:
-    """Whether a folder has any of a PEFT adapter's files."""
+    """Returns whether a folder has any of a PEFT adapter's files."""
     return any((folder / name).exists() for name in (CONFIG, WEIGHTS, TORCH_WEIGHTS))
 
 
 def read_peft(folder: str | Path) -> PeftPrompt:
-    """The prompt in a PEFT adapter's folder.
+    """Returns the prompt in a PEFT adapter's folder.
 
     By default PEFT stores one copy of the prompt per stack of a T5, ``[2P,D]``, and uses the first
     ``P`` rows, in the encoder.  Files that the config names are not opened.  Raises UserError for
@@ -142,7 +142,7 @@ def write_peft(
     like: PeftPrompt | None = None,
     dtype: DType | None = np.float32,
 ) -> None:
-    """Write a prompt ``[P,D]`` as a folder that PEFT's ``from_pretrained`` loads.
+    """Writes a prompt ``[P,D]`` as a folder that PEFT's ``from_pretrained`` loads.
 
     Args:
       folder: written atomically; in an existing one, other files stay.
@@ -188,7 +188,7 @@ def write_peft(
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """An adapter's config; UserError if it is missing, damaged or not a JSON object."""
+    """Returns an adapter's config; UserError if it is missing, damaged or not a JSON object."""
     config = read_json_file(
         path, of=f"cannot read the PEFT config {path}", max_bytes=_LARGEST_CONFIG
     )
@@ -225,7 +225,7 @@ def _not_a_prompt(kind: Any) -> str:
 
 
 def what_is_read() -> str:
-    """The supported types of adapters, for messages about others."""
+    """Returns the supported types of adapters, for messages about others."""
     return (
         f"supported adapters: {', '.join((_PEFT_TYPE, *OTHER_TYPES))}; merge others into the model "
         "with PEFT (merge_and_unload)"
@@ -233,7 +233,7 @@ def what_is_read() -> str:
 
 
 def _count(config: dict[str, Any], field: str, where: Path) -> int | None:
-    """A field with a positive integer; None if it is null or missing."""
+    """Returns a field with a positive integer; None if it is null or missing."""
     value = config.get(field)
     if value is not None and (type(value) is not int or value < 1):
         raise UserError(f"{where}: {field} is {shown(value)}; it must be a positive integer")
@@ -246,12 +246,15 @@ def _text(config: dict[str, Any], field: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of a config as messages quote it."""
+    """Returns a value of a config as messages quote it."""
     return json_text(value)[:80]
 
 
 def in_float32(array: HostArray, *, of: str) -> HostArray:
-    """A copy of the array in float32; UserError unless it has finite floating-point numbers."""
+    """Returns a copy of the array in float32.
+
+    Raises UserError unless it has finite floating-point numbers.
+    """
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise UserError(f"{of} has dtype {array.dtype}, not floating-point numbers")
     array = np.array(array, np.float32)
@@ -261,7 +264,7 @@ def in_float32(array: HostArray, *, of: str) -> HostArray:
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, HostArray], Path]:
-    """All arrays of an adapter by name, and their file.
+    """Returns all arrays of an adapter by name, and their file.
 
     Like PEFT, prefers safetensors.  UserError for missing and damaged files.
     """
@@ -275,7 +278,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, HostArray], Path]:
 
 
 def _read_rows(folder: Path) -> tuple[HostArray, Path]:
-    """The array of the prompt, and its file."""
+    """Returns the array of the prompt, and its file."""
     of = "a prompt's adapter"
     path = folder / WEIGHTS
     if path.exists():
@@ -288,7 +291,10 @@ def _read_rows(folder: Path) -> tuple[HostArray, Path]:
 
 
 def _read_torch(path: Path) -> dict[Any, HostArray]:
-    """The tensors in a PyTorch file, by PyTorch's loader for weights, which runs no code."""
+    """Returns the tensors in a PyTorch file.
+
+    PyTorch's loader for weights reads it and runs no code.
+    """
     try:
         # An optional dependency.
         import torch

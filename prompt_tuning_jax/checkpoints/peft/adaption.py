@@ -26,7 +26,7 @@ _PROJECTS = {"llama": True, "mistral": True, "gpt2": False}
 def read_adaption(
     adapter: OpenedAdapter, config: ModelConfig
 ) -> tuple[AdaptionPrompt, dict[str, HostArray]]:
-    """The method and its arrays by path; errors are those of ``read_peft_prompts``."""
+    """Returns the method and its arrays by path; errors are those of ``read_peft_prompts``."""
     config = _require_peft_can(config)
     length, layers = adapter.number("adapter_len"), adapter.number("adapter_layers")
     if layers > config.num_layers:
@@ -51,7 +51,10 @@ def read_adaption(
 def written_adaption(
     method: AdaptionPrompt, arrays: Mapping[str, HostArray], config: ModelConfig
 ) -> tuple[dict[str, Any], dict[str, HostArray]]:
-    """The fields and the arrays of an adapter; errors are those of ``write_peft_prompts``."""
+    """Returns the fields and the arrays of an adapter.
+
+    Errors are those of ``write_peft_prompts``.
+    """
     config = _require_peft_can(config)
     projects = _PROJECTS[config.model_type]
     if method.project != projects:
@@ -77,7 +80,7 @@ def written_adaption(
 
 
 def _modules(config: CausalLMConfig, layers: int) -> dict[str, str]:
-    """The names in transformers' model of the attentions of the top layers, by our paths."""
+    """Returns transformers' names of the top layers' attentions, by our paths."""
     module_of = {
         path: name.rpartition(".")[0]
         for name, layer in linear_layers(config).items()
@@ -89,7 +92,7 @@ def _modules(config: CausalLMConfig, layers: int) -> dict[str, str]:
 
 
 def _require_peft_can(config: ModelConfig) -> CausalLMConfig:
-    """The configuration; UserError for a model with which PEFT computes something else."""
+    """Returns the configuration; UserError for a model with which PEFT computes something else."""
     if not isinstance(config, CausalLMConfig) or config.model_type not in _PROJECTS:
         kind = getattr(config, "model_type", type(config).__name__.removesuffix("Config"))
         raise UserError(f"PEFT has adaption prompts for {', '.join(_PROJECTS)}, not for {kind}")

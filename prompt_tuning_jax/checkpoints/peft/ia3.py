@@ -28,7 +28,7 @@ def read_ia3(
     layers: Mapping[str, TheirLinear],
     file: Path,
 ) -> tuple[IA3, dict[str, HostArray]]:
-    """The method and its arrays by path; errors are those of ``read_peft_weights``."""
+    """Returns the method and its arrays by path; errors are those of ``read_peft_weights``."""
     trainable: dict[str, HostArray] = {}
     behind: list[str] = []
     before: list[str] = []
@@ -54,7 +54,10 @@ def read_ia3(
 def written_ia3(
     method: IA3, arrays: Mapping[str, HostArray], layers: Mapping[str, TheirLinear]
 ) -> tuple[dict[str, Any], dict[str, HostArray]]:
-    """The fields and the arrays of an adapter; errors are those of ``write_peft_weights``."""
+    """Returns the fields and the arrays of an adapter.
+
+    Errors are those of ``write_peft_weights``.
+    """
     paths = paths_of(layers)
     behind, before = matching_layers(method.outputs, paths), matching_layers(method.inputs, paths)
     wanted = [adapter_path(path, "scale_F") for path in behind]

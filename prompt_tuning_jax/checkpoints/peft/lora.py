@@ -50,7 +50,7 @@ class _Pair:
 
 
 def lora_layers(config: ModelConfig) -> dict[str, TheirLinear]:
-    """Every layer of transformers' model that LoRA is read and written for, by its name there."""
+    """Returns every layer that LoRA is read and written for, by transformers' name."""
     return linear_layers(config) | embedding_layers(config)
 
 
@@ -61,7 +61,7 @@ def read_lora(
     layers: Mapping[str, TheirLinear],
     file: Path,
 ) -> tuple[LoRA, dict[str, HostArray]]:
-    """The method and its arrays by path; errors are those of ``read_peft_weights``."""
+    """Returns the method and its arrays by path; errors are those of ``read_peft_weights``."""
     rank, init = described.get("r"), described.get("init_lora_weights")
     if type(rank) is not int or rank < 1:
         raise UserError(f"{where}: r is {shown(rank)}; it must be a positive integer")
@@ -115,7 +115,10 @@ def read_lora(
 def written_lora(
     method: LoRA, arrays: Mapping[str, HostArray], layers: Mapping[str, TheirLinear]
 ) -> tuple[dict[str, Any], dict[str, HostArray]]:
-    """The fields and the arrays of an adapter; errors are those of ``write_peft_weights``."""
+    """Returns the fields and the arrays of an adapter.
+
+    Errors are those of ``write_peft_weights``.
+    """
     targets = set(matching_layers(method.targets, paths_of(layers, embeddings=False)))
     targets |= set(matching_layers(method.embeddings, paths_of(layers, embeddings=True)))
     wanted: dict[str, Any] = {}
@@ -170,18 +173,18 @@ def written_lora(
 
 
 def adapted_names(method: LoRA, layers: Mapping[str, TheirLinear]) -> list[str]:
-    """Transformers' names of the layers that the method updates."""
+    """Returns transformers' names of the layers that the method updates."""
     targets = set(matching_layers(method.targets, paths_of(layers, embeddings=False)))
     return [name for name, layer in layers.items() if layer.parts.keys() & targets]
 
 
 def _end(layer: TheirLinear, end: str) -> str:
-    """The end of the name of a matrix of this layer's pair."""
+    """Returns the end of the name of a matrix of this layer's pair."""
     return {A: EMBEDDING_A, B: EMBEDDING_B}[end] if layer.embeds else end
 
 
 def _names_of(path: str, *, dora: bool, embeds: bool) -> dict[str, str]:
-    """The paths of a pair's arrays by the fields of ``_Pair``."""
+    """Returns the paths of a pair's arrays by the fields of ``_Pair``."""
     ours = ("lora_a_VR", "lora_b_RD", "lora_magnitude_D")
     if not embeds:
         ours = ("lora_a_DR", "lora_b_RF", "lora_magnitude_F")
@@ -195,7 +198,7 @@ def _arrays_of(path: str, pair: _Pair, *, embeds: bool) -> dict[str, HostArray]:
 
 
 def _pattern(described: Mapping[str, Any], field: str, where: Path) -> dict[str, float]:
-    """A field with numbers by regular expressions for names of modules."""
+    """Returns a field with numbers by regular expressions for names of modules."""
     pattern = described.get(field) or {}
     kinds = (int,) if field == "rank_pattern" else (int, float)
     if not isinstance(pattern, dict):
@@ -209,12 +212,12 @@ def _pattern(described: Mapping[str, Any], field: str, where: Path) -> dict[str,
 
 
 def _in_module(key: str) -> str:
-    """The expression that PEFT matches with the names of modules, from their first part on."""
+    """Returns the expression that PEFT matches with module names, from their start."""
     return rf"(.*\.)?({key})"
 
 
 def _of_module(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """The number of the first expression that matches, as PEFT chooses."""
+    """Returns the number of the first expression that matches, as PEFT chooses."""
     return next(
         (
             value
@@ -226,7 +229,7 @@ def _of_module(pattern: Mapping[str, float], name: str, default: float) -> float
 
 
 def _patterns_of(numbers: Mapping[str, float]) -> tuple[float, tuple[str, ...]]:
-    """The most common number, and entries ``REGEX=NUMBER`` for the paths that have another."""
+    """Returns the most common number, and entries ``REGEX=NUMBER`` for other paths."""
     rounded = {path: float(f"{number:.9g}") for path, number in numbers.items()}
     usual = _most_common(rounded)
     entries = []
@@ -244,7 +247,7 @@ def _most_common(numbers: Mapping[str, float]) -> float:
 def _split(
     layer: TheirLinear, a_RD: HostArray, b_FR: HostArray, magnitude_F: HostArray | None
 ) -> dict[str, _Pair]:
-    """Our pairs, by path, of one of theirs; blocks become pairs of a lower rank."""
+    """Returns our pairs, by path, of one of theirs; blocks become pairs of a lower rank."""
     blocks = _blocks(layer, b_FR)
     if magnitude_F is not None and len(blocks) < len(layer.parts):
         blocks = {}  # all outputs have a norm
@@ -262,7 +265,10 @@ def _split(
 
 
 def _joined(layer: TheirLinear, pairs: Mapping[str, _Pair]) -> tuple[HostArray, HostArray]:
-    """Their pair ``[rank, in]`` and ``[out, rank]`` of ours, by path; absent ones add nothing."""
+    """Returns their pair ``[rank, in]`` and ``[out, rank]`` of ours, by path.
+
+    Absent ones add nothing.
+    """
     first = next(iter(pairs.values()))
     rank = first.a_DR.shape[1]
     shared = all(np.array_equal(pair.a_DR, first.a_DR) for pair in pairs.values())
@@ -289,7 +295,7 @@ def _joined_magnitudes(layer: TheirLinear, pairs: Mapping[str, _Pair]) -> HostAr
 
 
 def _blocks(layer: TheirLinear, b_FR: HostArray) -> dict[str, slice]:
-    """The columns of each part's block, or nothing if the parts share columns."""
+    """Returns the columns of each part's block, or nothing if the parts share columns."""
     used = {path: b_FR[rows].any(axis=0) for path, rows in layer.parts.items()}
     used = {path: columns_R for path, columns_R in used.items() if columns_R.any()}
     if len(used) < 2 or b_FR.shape[1] % len(used):

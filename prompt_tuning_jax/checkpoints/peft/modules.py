@@ -44,12 +44,12 @@ class TheirLinear:
     embeds: bool = False
 
     def array(self, end: str) -> str:
-        """The name of the adapter's array with this last part."""
+        """Returns the name of the adapter's array with this last part."""
         return f"{PREFIX}{self.name}.{end}"
 
 
 def linear_layers(config: ModelConfig) -> dict[str, TheirLinear]:
-    """Every linear layer of transformers' model, by its name there.
+    """Returns every linear layer of transformers' model, by its name there.
 
     Raises UserError for a family whose adapters are not supported.
     """
@@ -77,7 +77,7 @@ def linear_layers(config: ModelConfig) -> dict[str, TheirLinear]:
 
 
 def paths_of(layers: Mapping[str, TheirLinear], *, embeddings: bool = False) -> list[str]:
-    """The paths of all our linear maps in theirs, or else of our uses of the embedding table."""
+    """Returns the paths of all our linear maps in theirs, or of our uses of the embedding table."""
     uses = (f"/{EMBED_TOKENS.rpartition('/')[2]}", f"/{TIED_HEAD.rpartition('/')[2]}")
     paths = (path for layer in layers.values() for path in layer.parts)
     return [path for path in paths if path.endswith(uses) == embeddings]
@@ -104,7 +104,7 @@ def require_parts(
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Input and output size of every linear layer of ours, by path."""
+    """Returns the input and output sizes of every linear layer of ours, by path."""
     return {
         name.removesuffix(KERNEL): (shape[0], shape[1])
         for name, shape in parameter_shapes(require_family(config)).items()
@@ -113,7 +113,7 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def require_family(config: ModelConfig) -> T5Config | CausalLMConfig:
-    """The configuration; UserError for a family whose adapters are not supported."""
+    """Returns the configuration; UserError for a family whose adapters are not supported."""
     if isinstance(config, T5Config) or (
         isinstance(config, CausalLMConfig) and config.model_type in FAMILIES
     ):
@@ -125,17 +125,17 @@ def require_family(config: ModelConfig) -> T5Config | CausalLMConfig:
 
 
 def task_type(config: ModelConfig) -> str:
-    """PEFT's name of what a language model does."""
+    """Returns PEFT's name of what a language model does."""
     return "CAUSAL_LM" if isinstance(config, CausalLMConfig) else "SEQ_2_SEQ_LM"
 
 
 def stores_kernels_as_here(config: ModelConfig) -> bool:
-    """Whether transformers' kernels are ``[in, out]``, as GPT-2's are."""
+    """Returns whether transformers' kernels are ``[in, out]``, as GPT-2's are."""
     return isinstance(config, CausalLMConfig) and FAMILIES[config.model_type].names.kernels_as_here
 
 
 def embedding_layers(config: ModelConfig) -> dict[str, TheirLinear]:
-    """Every use of the embedding table that PEFT adapts, by its name in transformers' model.
+    """Returns every use of the embedding table that PEFT adapts, by transformers' name.
 
     A head that is the embedding table is a linear layer.  A T5's ``shared`` is none of them: its
     encoder and its decoder have embeddings of their own, and what PEFT adds to ``shared`` has no
@@ -158,7 +158,7 @@ def embedding_layers(config: ModelConfig) -> dict[str, TheirLinear]:
 
 
 def _embedding_names(config: T5Config | CausalLMConfig) -> dict[str, str]:
-    """The tensors that transformers embeds tokens with, and our uses of the embedding table."""
+    """Returns the tensors that embed tokens in transformers, and our uses of the table."""
     if isinstance(config, T5Config):
         return {name: name.removesuffix(".weight").replace(".", "/") for name in COPIES_OF_SHARED}
     return {FAMILIES[config.model_type].names.tensor(EMBEDDING): EMBED_TOKENS}
@@ -182,7 +182,7 @@ class TheirTensor:
     unused: bool = False
 
     def ours(self, array: HostArray) -> dict[str, HostArray]:
-        """Our parameters in this tensor, by path."""
+        """Returns our parameters in this tensor, by path."""
         array = array.T if self.transposed else array
         return {
             path: array if entries is None else array[..., entries]
@@ -190,7 +190,7 @@ class TheirTensor:
         }
 
     def theirs(self, params: Mapping[str, HostArray]) -> HostArray:
-        """The tensor with all of its parameters."""
+        """Returns the tensor with all of its parameters."""
         arrays = [params[path] for path in self.parts]
         array = np.concatenate(arrays, axis=-1)
         orders = [entries for entries in self.parts.values() if entries is not None]
@@ -200,7 +200,7 @@ class TheirTensor:
 
 
 def their_tensors(config: ModelConfig) -> dict[str, TheirTensor]:
-    """All tensors of transformers' model that hold parameters, by name."""
+    """Returns all tensors of transformers' model that hold parameters, by name."""
     config = require_family(config)
     shapes = parameter_shapes(config)
     theirs: dict[str, TheirTensor] = {}
@@ -234,12 +234,15 @@ def _head(config: T5Config | CausalLMConfig) -> str:
 
 
 def _tensor(config: CausalLMConfig, path: str) -> str:
-    """The name of a parameter in transformers' model, where every output head is ``lm_head``."""
+    """Returns the name of a parameter in transformers' model.
+
+    Every output head is ``lm_head`` there.
+    """
     return renamed_head(FAMILIES[config.model_type].names.tensor(path), config)
 
 
 def as_base_model(config: ModelConfig, model_type: str) -> ModelConfig:
-    """The configuration whose modules have the names of a base model of this type.
+    """Returns the configuration whose modules have the names of a base model of this type.
 
     The language model of one that reads images has other names there than alone.
     """
@@ -252,7 +255,7 @@ def as_base_model(config: ModelConfig, model_type: str) -> ModelConfig:
 def of_language_model(
     arrays: Mapping[str, HostArray], config: ModelConfig
 ) -> tuple[dict[str, HostArray], ModelConfig]:
-    """The arrays of the language model alone, and the configuration with its names in the adapter.
+    """Returns the language model's arrays, and the configuration with its names in the adapter.
 
     In an adapter of a model that reads images, too, those of its other parts are left out: they
     change nothing about texts.
@@ -271,13 +274,18 @@ def of_language_model(
 
 
 def other_modules(config: ModelConfig) -> str | None:
-    """A regular expression for modules beside the language model, which may have the same names."""
+    """Returns a regular expression for modules beside the language model.
+
+    They may have the same names.
+    """
     family = FAMILIES.get(config.model_type) if isinstance(config, CausalLMConfig) else None
     return f".*{family.names.unused}" if family and family.text_type else None
 
 
 def renamed_head(name: str, config: ModelConfig) -> str:
-    """The name in transformers 5 of a module, tensor or array; GPT-NeoX had ``embed_out`` before.
+    """Returns the name in transformers 5 of a module, tensor or array.
+
+    GPT-NeoX had ``embed_out`` before.
 
     Files of the model still have the older name, and so have adapters of older versions.
     """
@@ -290,12 +298,12 @@ def renamed_head(name: str, config: ModelConfig) -> str:
 
 
 def adapter_path(name: str, part: str) -> str:
-    """The path of an adapter's array in a ``TunedModel``."""
+    """Returns the path of an adapter's array in a ``TunedModel``."""
     return f"model/{name}/adapter/{part}"
 
 
 def matching_layers(patterns: Collection[str], shapes: Iterable[str]) -> list[str]:
-    """The linear layers whose whole path matches one of the patterns."""
+    """Returns the linear layers whose whole path matches one of the patterns."""
     names = dict.fromkeys(shapes)
     masks = [matching(names, pattern) for pattern in patterns]
     return [name for name in names if any(mask[name] for mask in masks)]
@@ -304,7 +312,7 @@ def matching_layers(patterns: Collection[str], shapes: Iterable[str]) -> list[st
 def patterns_for(
     names: Collection[str], shapes: Iterable[str], *, usual: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Regular expressions that match exactly these layers, preferably short ones."""
+    """Returns regular expressions that match exactly these layers, preferably short ones."""
     if not names:
         return ()
     # Names by their last part, or their last two.
@@ -316,7 +324,9 @@ def patterns_for(
 
 
 def module_names(names: Collection[str], layers: Iterable[str]) -> list[str]:
-    """PEFT's names for these layers: the last parts where they suffice, otherwise full names.
+    """Returns PEFT's names for these layers.
+
+    They are the last parts where these suffice, and otherwise full names.
 
     ``layers`` are all layers of the model, by their names there.
     """

@@ -31,7 +31,7 @@ class OpenedAdapter:
         return self.folder / CONFIG
 
     def number(self, field: str) -> int:
-        """A field that is a positive integer."""
+        """Returns a field that is a positive integer."""
         value = self.described.get(field)
         if type(value) is not int or value < 1:
             raise UserError(
@@ -46,7 +46,7 @@ class OpenedAdapter:
             raise UserError(f"{self.where}: {field} is {shown(value)}, but {what} is {wanted}")
 
     def copies(self, config: ModelConfig) -> int:
-        """The number of stacks that it has arrays for; PEFT's default is all of a model."""
+        """Returns the number of stacks that it has arrays for; PEFT's default is all of a model."""
         stacks = 1 if isinstance(config, CausalLMConfig) else 2
         copies = self.described.get("num_transformer_submodules")
         if copies not in (None, *range(1, stacks + 1)):
@@ -55,7 +55,10 @@ class OpenedAdapter:
         return stacks if copies is None else int(copies)
 
     def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, HostArray]:
-        """The arrays in float32; UserError for other names or shapes, or NaN and infinity."""
+        """Returns the arrays in float32.
+
+        Raises UserError for other names or shapes, or NaN and infinity.
+        """
         tensors, file = read_tensors(self.folder)
         require_same_names(tensors, shapes, of=str(file), and_of="an adapter of its kind")
         for name, shape in shapes.items():

@@ -28,7 +28,7 @@ _KEYS, _VALUES = "method/decoder/key_LPHK", "method/decoder/value_LPHK"
 def read_prefix(
     adapter: OpenedAdapter, config: ModelConfig
 ) -> tuple[PrefixTuning, dict[str, HostArray]]:
-    """The method and its arrays by path; errors are those of ``read_peft_prompts``."""
+    """Returns the method and its arrays by path; errors are those of ``read_peft_prompts``."""
     config = require_family(config)
     length, pairs = adapter.number("num_virtual_tokens"), adapter.number("num_layers")
     if isinstance(config, T5Config):
@@ -67,7 +67,10 @@ def read_prefix(
 def written_prefix(
     method: PrefixTuning, arrays: Mapping[str, HostArray], config: ModelConfig
 ) -> tuple[dict[str, Any], dict[str, HostArray]]:
-    """The fields and the arrays of an adapter; errors are those of ``write_peft_prompts``."""
+    """Returns the fields and the arrays of an adapter.
+
+    Errors are those of ``write_peft_prompts``.
+    """
     config = require_family(config)
     if method.hidden:
         raise UserError(
@@ -100,7 +103,7 @@ def written_prefix(
 def _pairs_of_t5(
     method: PrefixTuning, arrays: Mapping[str, HostArray], config: T5Config
 ) -> HostArray:
-    """The pairs ``[L, P, 2, H, K]`` that PEFT stores for these prefixes of a T5."""
+    """Returns the pairs ``[L, P, 2, H, K]`` that PEFT stores for these prefixes of a T5."""
     if method.encoder or method.cross or not method.before:
         raise UserError(
             "PEFT's prefixes for a T5 are only in the decoder's self-attention, at the positions "
@@ -135,7 +138,7 @@ def _pairs_of_t5(
 
 
 def _pairs_of_layers(config: T5Config, pairs: int) -> list[int]:
-    """The stored pair that each decoder layer uses.
+    """Returns the stored pair that each decoder layer uses.
 
     PEFT repeats the pairs for two stacks and splits them two at a time, and a T5 uses the first of
     each two: layer i uses pair 2i, modulo the number of pairs.

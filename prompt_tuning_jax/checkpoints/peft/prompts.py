@@ -67,7 +67,7 @@ class PeftPrompts:
 
 
 def read_peft_prompts(folder: str | Path, config: ModelConfig) -> PeftPrompts:
-    """The adapter in a folder, for a model of this configuration; logits equal PEFT's.
+    """Returns the adapter in a folder, for a model of this configuration; logits equal PEFT's.
 
     Files that its config names are not opened.  Raises UserError for another type of adapter, for
     arrays that do not fit the model or the config, and for missing or damaged files.

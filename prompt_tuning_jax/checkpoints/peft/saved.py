@@ -48,7 +48,7 @@ def read_saved(
     where: Path,
     file: Path,
 ) -> tuple[dict[str, HostArray], SavedWeights]:
-    """The arrays that are not the model's, and the trained weights among the others.
+    """Returns the arrays that are not the model's, and the trained weights among the others.
 
     Weights that the config does not declare as trained must equal the model's parameters
     ``params``.  Declared ones that all do count as not trained.  Raises UserError for a weight that
@@ -100,7 +100,7 @@ def read_saved(
 def written_saved(
     saved: SavedWeights, config: ModelConfig, adapted: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, HostArray]]:
-    """The fields of an adapter's config about trained weights, and its arrays of them.
+    """Returns the fields of an adapter's config about trained weights, and its arrays of them.
 
     ``adapted`` are transformers' names of the layers with an adapter.  Raises UserError for weights
     that PEFT saves only together with others.
@@ -149,7 +149,7 @@ def written_saved(
 
 
 def _is_double(theirs: str, arrays: Mapping[str, HostArray]) -> bool:
-    """Whether PEFT saved this bias of a module in ``modules_to_save`` a second time."""
+    """Returns whether PEFT saved this bias of a module in ``modules_to_save`` a second time."""
     return any(inside in theirs and theirs.replace(inside, ".") in arrays for inside in _DOUBLES)
 
 
@@ -168,7 +168,7 @@ def _module(name: str) -> str:
 
 
 def _modules_of(name: str) -> list[str]:
-    """The modules around a tensor, from its own outward."""
+    """Returns the modules around a tensor, from its own outward."""
     parts = name.split(".")[:-1]
     return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
 
@@ -183,7 +183,10 @@ def _modules_to_save(described: Mapping[str, Any], where: Path) -> tuple[str, ..
 
 
 def _tied_to_saved(tensors: Mapping[str, TheirTensor], modules: tuple[str, ...]) -> set[str]:
-    """The uses of the embedding table, all of which PEFT trains if it is told to keep them tied."""
+    """Returns the uses of the embedding table.
+
+    PEFT trains all of them if it is told to keep them tied.
+    """
     uses = {name for name, tensor in tensors.items() if tensor.use}
     return uses if any(m.endswith(modules) for name in uses for m in _modules_of(name)) else set()
 
@@ -224,7 +227,7 @@ def _require_shape(
 
 
 def _is_copy(array: HostArray, name: str, params: Mapping[str, Parameter]) -> bool:
-    """Whether the array equals a parameter, in the coarser of their dtypes."""
+    """Returns whether the array equals a parameter, in the coarser of their dtypes."""
     if name not in params:
         return False
     ours = params[name]

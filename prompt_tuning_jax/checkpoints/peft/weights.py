@@ -100,7 +100,10 @@ class PeftWeights:
 
 
 def peft_kind(folder: str | Path) -> str:
-    """The ``peft_type`` of an adapter's folder, for instance ``LORA``; "" if there is none."""
+    """Returns the ``peft_type`` of an adapter's folder, for instance ``LORA``.
+
+    Returns "" if there is none.
+    """
     kind = read_config(Path(folder) / CONFIG).get("peft_type")
     return kind if isinstance(kind, str) else ""
 
@@ -108,7 +111,7 @@ def peft_kind(folder: str | Path) -> str:
 def read_peft_weights(
     folder: str | Path, config: ModelConfig, params: Mapping[str, Parameter] | None = None
 ) -> PeftWeights:
-    """The adapter in a folder, for a model of this configuration.
+    """Returns the adapter in a folder, for a model of this configuration.
 
     PEFT also saves some of the model's weights: an output head that has an adapter, and embeddings
     whose number of rows has changed.  They are ignored if they equal the model's parameters
@@ -167,7 +170,7 @@ def write_peft_weights(
     base_model_name_or_path: str,
     base_model_type: str = "",
 ) -> None:
-    """Write the trained arrays of one member as a folder that PEFT's ``from_pretrained`` loads.
+    """Writes the trained arrays of one member as a folder that PEFT's ``from_pretrained`` loads.
 
     ``trainable`` are by path in a ``TunedModel``.  ``base_model_type`` is the ``model_type`` of the
     base model if that is not the configuration's: of a model that reads images, too.  The folder is
@@ -229,7 +232,7 @@ def _with_saved(
     saved: SavedWeights,
     config: ModelConfig,
 ) -> tuple[LoRA, dict[str, HostArray]]:
-    """The method and its arrays with trained weights of the model."""
+    """Returns the method and its arrays with trained weights of the model."""
     uses = paths_of(lora_layers(config), embeddings=True)
     method = replace(
         method,
@@ -242,7 +245,7 @@ def _with_saved(
 
 
 def _used(arrays: Mapping[str, HostArray], config: ModelConfig) -> dict[str, HostArray]:
-    """The arrays without those that transformers and PEFT do not use: of a T5's ``shared``."""
+    """Returns the arrays without a T5's ``shared``, which transformers and PEFT do not use."""
     unused = {_module(name) for name, tensor in their_tensors(config).items() if tensor.unused}
     begins = tuple(f"{PREFIX}{module}.{end}" for module in unused for end in _OF_EMBEDDINGS)
     return {name: array for name, array in arrays.items() if not name.startswith(begins)}
@@ -255,7 +258,7 @@ def _module(name: str) -> str:
 def _by_layer(
     arrays: Mapping[str, HostArray], layers: Mapping[str, TheirLinear], file: Path
 ) -> dict[str, dict[str, HostArray]]:
-    """The arrays in float32 by the name of their linear layer, then by the end of their name."""
+    """Returns the arrays in float32 by linear layer, then by the end of their name."""
     ends = (A, B, MAGNITUDE, *_OF_EMBEDDINGS, SCALE)
     known = {layer.array(end): (name, end) for name, layer in layers.items() for end in ends}
     by_layer: dict[str, dict[str, HostArray]] = {}

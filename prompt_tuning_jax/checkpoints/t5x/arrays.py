@@ -105,7 +105,7 @@ def _nbytes(array: Any, shape: Iterable[int]) -> int:
 
 
 def as_parameter(array: LazyArray, *, version: int) -> LazyArray:
-    """A parameter in its dtype: version 2 stores the bits of bfloat16 as uint16."""
+    """Returns a parameter in its dtype: version 2 stores the bits of bfloat16 as uint16."""
     if version == 2 and array.dtype == np.uint16:
         return LazyArray(
             shape=array.shape,
@@ -186,19 +186,24 @@ _ATTENTION = re.compile(r".*attention/(query|key|value|out)/kernel")
 
 
 def is_scanned(names: Mapping[str, object]) -> bool:
-    """Whether these are the names of a scan-layers model."""
+    """Returns whether these are the names of a scan-layers model."""
     return any(name.startswith(f"{stack}/{stack}/") for name in names for stack in STACKS)
 
 
 def scan_axis(params: Mapping[str, LazyArray]) -> int:
-    """The axis along which layers are stacked: 1 unless the scales of norms say that it is 0."""
+    """Returns the axis along which layers are stacked.
+
+    It is 1 unless the scales of norms say that it is 0.
+    """
     width = next((p.shape[-1] for n, p in params.items() if n.endswith("embedder/embedding")), None)
     norms = [p.shape for name, p in params.items() if _NORM.fullmatch(name) and len(p.shape) == 2]
     return 0 if norms and all(D == width != L for L, D in norms) else 1
 
 
 def unscanned(params: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
-    """The same parameters with one name per layer and kernels [in, out]; only biases are read.
+    """Returns the same parameters with one name per layer and kernels [in, out].
+
+    Only biases are read.
 
     Relative position biases that are equal in all layers of each stack become one per stack, as in
     T5.  If layers differ, all layers of both stacks keep their biases, at
@@ -230,14 +235,17 @@ def unscanned(params: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
 
 
 def _kernel(name: str, array: LazyArray) -> LazyArray:
-    """Attention kernels [D,H,K] as [D,H*K], and output kernels [H,K,D] as [H*K,D]."""
+    """Returns attention kernels [D,H,K] as [D,H*K], and output kernels [H,K,D] as [H*K,D]."""
     if len(array.shape) != 3 or not _ATTENTION.fullmatch(name):
         return array
     return joined(array, axis=0 if name.endswith("/out/kernel") else 1)
 
 
 def joined(array: LazyArray, *, axis: int) -> LazyArray:
-    """``axis`` merged with the next; a part reads the entries of ``axis`` that it overlaps."""
+    """Returns ``axis`` merged with the next.
+
+    A part reads the entries of ``axis`` that it overlaps.
+    """
     outer, inner = array.shape[axis], array.shape[axis + 1]
     shape = (*array.shape[:axis], outer * inner, *array.shape[axis + 2 :])
 
@@ -255,7 +263,7 @@ def joined(array: LazyArray, *, axis: int) -> LazyArray:
 
 
 def _with_one_bias_per_stack(params: dict[str, LazyArray]) -> dict[str, LazyArray]:
-    """The parameters with one bias per stack, if all layers of each stack have equal biases."""
+    """Returns the parameters with one bias per stack, if its layers have equal biases."""
     kept = dict(params)
     for stack in STACKS:
         of_layer = re.compile(rf"{stack}/layers_\d+/{RELPOS}")

@@ -51,7 +51,7 @@ _NO_GRADIENT = 1e-28
 
 
 def is_numpy_folder(folder: Path) -> bool:
-    """Whether a folder has several arrays of a method as the original's checkpointer saves them.
+    """Returns whether a folder has arrays of a method as the original's checkpointer saves them.
 
     They are files without a suffix, such as ``encoder.layers_0.prompt.prompt.prompt``.
     """
@@ -59,7 +59,7 @@ def is_numpy_folder(folder: Path) -> bool:
 
 
 def numpy_arrays(folder: Path) -> dict[str, LazyArray]:
-    """The arrays in such a folder by T5X's name."""
+    """Returns the arrays in such a folder by T5X's name."""
     return {
         name: in_memory(read_npy(file), where=str(file))
         for name, file in _numpy_files(folder).items()
@@ -78,17 +78,20 @@ def _numpy_files(folder: Path) -> dict[str, Path]:
 
 
 def has_method(params: Mapping[str, Any]) -> bool:
-    """Whether these parameters, by name, hold more than a plain prompt of any method."""
+    """Returns whether these parameters, by name, hold more than a plain prompt of any method."""
     return any(_is_added(name) and name != PROMPT for name in params)
 
 
 def _is_added(name: str) -> bool:
-    """Whether a parameter belongs to a method, known or not."""
+    """Returns whether a parameter belongs to a method, known or not."""
     return is_trained(name) or is_prompt(name)
 
 
 def kind_of(params: Mapping[str, Any]) -> str:
-    """The name of the method's class, by the names of its parameters; empty if it is unknown."""
+    """Returns the name of the method's class, by the names of its parameters.
+
+    Returns "" if it is unknown.
+    """
     if any(_SCALE.fullmatch(name) for name in params):
         return "IA3"
     if _SHARED in params or _TASKS in params:
@@ -259,7 +262,7 @@ def _read_scales(arrays: _Arrays, config: T5Config, *, of: str) -> tuple[IA3, _A
 
 
 def _scales(conv: str, config: T5Config) -> list[str]:
-    """T5X's names of all scales that an attribute of the network adds."""
+    """Returns T5X's names of all scales that an attribute of the network adds."""
     layers = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
     return [
         f"{stack}/layers_{i}/{block}/{conv}/ia3_scaling"
@@ -312,7 +315,10 @@ def t5x_arrays(
 
 
 def lost_settings(method: MethodConfig) -> list[str]:
-    """The settings that a T5X checkpoint does not store, where ``read_method`` reads others."""
+    """Returns the settings that a T5X checkpoint does not store.
+
+    ``read_method`` reads other values for them.
+    """
     if not isinstance(method, PromptTuning | MultitaskPrompts):
         return []
     read = {
@@ -378,7 +384,7 @@ def _written_scales(arrays: _Arrays, config: T5Config, *, of: str) -> _Arrays:
 
 
 def stacked(arrays: Mapping[str, HostArray], *, axis: int) -> _Arrays:
-    """The arrays as a scan-layers model has them, layers stacked along ``axis``."""
+    """Returns the arrays as a scan-layers model has them, layers stacked along ``axis``."""
     result: _Arrays = {}
     layers: dict[str, dict[int, HostArray]] = {}
     for name, array in arrays.items():

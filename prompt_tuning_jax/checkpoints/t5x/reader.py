@@ -225,7 +225,7 @@ def open_t5x(folder: str | Path) -> T5XCheckpoint:
 
 
 def read_t5x(folder: str | Path) -> dict[str, HostArray]:
-    """All parameters of a checkpoint by name, in memory, in the stored dtypes."""
+    """Returns all parameters of a checkpoint by name, in memory, in the stored dtypes."""
     return {name: array.whole() for name, array in open_t5x(folder).params.items()}
 
 

@@ -145,7 +145,10 @@ def _leaf(folder: Path, name: str, array: LazyArray, *, inline: Collection[str])
 
 
 def _chunk_shape(array: LazyArray) -> tuple[int, ...]:
-    """The largest divisors of at most 64 MiB, splitting the longest axis first, as T5X does."""
+    """Returns the shape of chunks of at most 64 MiB.
+
+    As in T5X, it has the largest divisors, and the longest axis is split first.
+    """
     most = _CHUNK_BYTES // array.dtype.itemsize
     chunks = list(array.shape)
     while math.prod(chunks) > most:
@@ -173,7 +176,7 @@ def _lazy(name: str, array: AnyArray) -> LazyArray:
 def _first_state(
     target: Mapping[str, LazyArray], trained: Collection[str]
 ) -> dict[str, AnyArray | None]:
-    """Adafactor's initial state, for the trained parameters only (t5x/adafactor.py)."""
+    """Returns Adafactor's initial state, for the trained parameters only (t5x/adafactor.py)."""
     state: dict[str, AnyArray | None] = {
         f"param_states/{name}": None for name in target if name not in trained
     }
@@ -211,7 +214,7 @@ def _join(path: str, part: str) -> str:
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The paths as a nested tree, sorted by name, as T5X does."""
+    """Returns the paths as a nested tree, sorted by name, as T5X does."""
     tree: dict[str, Any] = {}
     for path in sorted(leaves, key=lambda path: path.split("/")):
         *parents, name = path.split("/")

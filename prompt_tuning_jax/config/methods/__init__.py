@@ -98,5 +98,5 @@ METHODS: dict[str, type[MethodConfig]] = {
 
 
 def method_name(method: MethodConfig) -> str:
-    """The name of a method in ``METHODS``."""
+    """Returns the name of a method in ``METHODS``."""
     return next(name for name, cls in METHODS.items() if cls is type(method))

@@ -37,7 +37,7 @@ def split_init(entry: str) -> tuple[str, str]:
 
 
 def is_attached(name: str) -> bool:
-    """Whether the parameter at this path of a ``TunedModel`` came with its method.
+    """Returns whether the parameter at this path of a ``TunedModel`` came with its method.
 
     The classifier of a model that reads images is made for the labels and trained by every method.
     """
@@ -79,57 +79,63 @@ class MethodConfig(Config):
     training_only: ClassVar[Mapping[str, Any]] = {}
 
     def trains(self, name: str) -> bool:
-        """Whether the parameter at this path of a ``TunedModel`` is trainable."""
+        """Returns whether the parameter at this path of a ``TunedModel`` is trainable."""
         return is_attached(name)
 
     def prompt_positions(self) -> int:
-        """The number of positions that the method adds to the input."""
+        """Returns the number of positions that the method adds to the input."""
         return 0
 
     def context_positions(self) -> int:
-        """The number of positions before a decoder-only model's input: a prompt's or prefix's."""
+        """Returns the number of positions before a decoder-only model's input.
+
+        They are those of a prompt or a prefix.
+        """
         return self.prompt_positions()
 
     def uses_rng(self) -> bool:
-        """Whether training draws random numbers for the method, as its dropout does."""
+        """Returns whether training draws random numbers for the method, as its dropout does."""
         return False
 
     def plain_prompt(self) -> "PromptTuning | None":
-        """How the model uses the prompts that a run saves; None if these are not plain prompts."""
+        """Returns how the model uses the prompts that a run saves.
+
+        Returns None if these are not plain prompts.
+        """
         return None
 
     def description_shape(self) -> tuple[int, int]:
-        """The positions at the start of every input that are no text, and the tokens of each."""
+        """Returns the positions at every input's start that are no text, and the tokens of each."""
         return (0, 0)
 
     def num_demonstrations(self) -> int:
-        """The number of examples in front of every input."""
+        """Returns the number of examples in front of every input."""
         return 0
 
     def num_context_examples(self) -> int:
-        """The number of training examples that the method's parameters start from."""
+        """Returns the number of training examples that the method's parameters start from."""
         return 0
 
     def balances_labels(self) -> bool:
-        """Whether the examples that the method takes have every label equally often."""
+        """Returns whether the examples that the method takes have every label equally often."""
         return False
 
     def compose(self, demonstrations: Sequence[Mapping[str, str]], inputs: str) -> str:
-        """The text that the model reads for ``inputs``."""
+        """Returns the text that the model reads for ``inputs``."""
         return inputs
 
     def without_label_init(self) -> Self:
-        """The config with an initialization that needs no labels of the data."""
+        """Returns the config with an initialization that needs no labels of the data."""
         if getattr(self, "init", "") != "class_labels" or getattr(self, "init_labels", ()):
             return self
         return replace(self, init="sampled_vocabulary")  # type: ignore[call-arg]
 
     def config_errors(self) -> Iterator[str]:
-        """One message for each invalid field, which is called ``method.NAME``."""
+        """Yields one message for each invalid field, which is called ``method.NAME``."""
         yield from self.bound_errors("method")
 
     def as_trained(self) -> Self:
-        """The config for the same arrays once they are trained.
+        """Returns the config for the same arrays once they are trained.
 
         What training started from may no longer exist, and methods that differ only in it share a
         compiled program.
@@ -138,7 +144,10 @@ class MethodConfig(Config):
 
 
 def template_errors(method: MethodConfig, **columns_of: Sequence[str]) -> Iterator[str]:
-    """One message for each template, by its field, that does not name these columns once each."""
+    """Yields one message for each template that does not name these columns once each.
+
+    ``columns_of`` has the expected columns by field.
+    """
     for name, expected in columns_of.items():
         columns = parse_template(getattr(method, name), field=f"method.{name}").columns
         if sorted(columns) != sorted(expected):
@@ -147,26 +156,26 @@ def template_errors(method: MethodConfig, **columns_of: Sequence[str]) -> Iterat
 
 
 def dropout_errors(dropout: float) -> Iterator[str]:
-    """One message if this is no probability of dropping."""
+    """Yields one message if this is no probability of dropping."""
     if not 0 <= dropout < 1:
         yield f"method.dropout is {dropout}; must be at least 0 and below 1"
 
 
 def is_selected(name: str, patterns: Sequence[str], *, of: str) -> bool:
-    """Whether this path of a ``TunedModel`` is one of the model, and matches as such."""
+    """Returns whether this path of a ``TunedModel`` is one of the model, and matches as such."""
     path = name.removeprefix(_MODEL)
     compiled = (compile_pattern(pattern, of=of) for pattern in patterns)
     return path != name and any(pattern.fullmatch(path) for pattern in compiled)
 
 
 def alpha_errors(alpha: float, *, field: str = "alpha") -> Iterator[str]:
-    """One message if this scale of a low-rank update is not finite."""
+    """Yields one message if this scale of a low-rank update is not finite."""
     if not abs(alpha) < _MAX_ALPHA:
         yield f"method.{field} is {alpha}; must be below {_MAX_ALPHA:g}"
 
 
 def pattern_errors(patterns: Sequence[str], *, field: str) -> Iterator[str]:
-    """One message for each of these that is not a regular expression."""
+    """Yields one message for each of these that is not a regular expression."""
     for pattern in patterns:
         try:
             compile_pattern(pattern, of=field)

@@ -49,7 +49,10 @@ class PrefixTuning(MethodConfig):
         return self.length
 
     def chooses(self, stack: str) -> bool:
-        """Whether a model's attentions of this name get prefixes; a name without a field does."""
+        """Returns whether a model's attentions of this name get prefixes.
+
+        A name without a field does.
+        """
         return bool(getattr(self, stack, True))
 
     def config_errors(self) -> Iterator[str]:
@@ -155,7 +158,7 @@ class CPT(MethodConfig):
     decay: float = 0.95
 
     def prompt_positions(self) -> int:
-        """The most that there can be, because the number depends on the vocabulary."""
+        """Returns the most that there can be, because the number depends on the vocabulary."""
         return self.length
 
     def num_context_examples(self) -> int:

@@ -82,7 +82,7 @@ class PromptTuning(MethodConfig):
 
 
 def _joined_as(method: "PromptTuning | MultitaskPrompts") -> PromptTuning:
-    """Prompt tuning that joins a prompt to the input as ``method`` does."""
+    """Returns prompt tuning that joins a prompt to the input as ``method`` does."""
     return PromptTuning(
         placement=method.placement,
         prompt_to_input=method.prompt_to_input,
@@ -121,7 +121,7 @@ class PTuning(MethodConfig):
     dropout: float = 0.0  # dropout between the layers of the LSTM
 
     def parsed_template(self) -> PromptTemplate:
-        """The parsed ``template``; UserError if it is invalid."""
+        """Returns the parsed ``template``; UserError if it is invalid."""
         template = parse_prompt_template(self.template, length=self.length)
         if not template.prompt_length:
             raise UserError(f"method.template: {self.template!r} has no {{prompt}}; add one")
@@ -317,7 +317,7 @@ class WARP(MethodConfig):
     init_population: int = 5000  # number of most common tokens to sample from; 0: all
 
     def parsed_template(self) -> PromptTemplate:
-        """The parsed ``template``; UserError if it is invalid."""
+        """Returns the parsed ``template``; UserError if it is invalid."""
         return parse_prompt_template(self.template, length=self.length)
 
     def prompt_positions(self) -> int:
@@ -401,7 +401,10 @@ class MultitaskPrompts(MethodConfig):
         return self.length + (self.task_length if self.combine == "concatenation" else 0)
 
     def task_prompt(self) -> PromptTuning:
-        """How the model uses the prompt of one task, whose last vectors are for the decoder."""
+        """Returns how the model uses the prompt of one task.
+
+        Its last vectors are for the decoder.
+        """
         length, in_decoder = self.prompt_positions(), self.decoder_length
         return replace(_joined_as(self), length=length, decoder_length=in_decoder)
 
@@ -414,7 +417,7 @@ class MultitaskPrompts(MethodConfig):
             )
 
     def shared_width(self, width: int) -> int:
-        """The number of features of the shared vectors, for a model of this width."""
+        """Returns the number of features of the shared vectors, for a model of this width."""
         usual = {"features": width // 2, "projection": width}
         return (self.shared_features or usual[self.combine]) if self.combine in usual else width
 

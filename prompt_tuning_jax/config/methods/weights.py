@@ -64,11 +64,11 @@ class LoRA(MethodConfig):
     parameters: tuple[str, ...] = ()
 
     def rank_of(self, path: str) -> int:
-        """The rank of the update of one map."""
+        """Returns the rank of the update of one map."""
         return int(first_match(parse_numbers(self.ranks, field="method.ranks"), path, self.rank))
 
     def scale_of(self, path: str) -> float:
-        """The factor on the product of one map's matrices."""
+        """Returns the factor on the product of one map's matrices."""
         alpha = first_match(parse_numbers(self.alphas, field="method.alphas"), path, self.alpha)
         rank = self.rank_of(path)
         return alpha / (rank**0.5 if self.rank_stabilized else rank)

@@ -18,14 +18,14 @@ _HEADINGS = {
 
 
 def remarks_by_kind(t: Translation) -> Iterator[tuple[str, list[Remark]]]:
-    """The remarks under their headings, in the order of ``_HEADINGS``."""
+    """Yields the remarks under their headings, in the order of ``_HEADINGS``."""
     for kind, heading in _HEADINGS.items():
         if remarks := [remark for remark in t.remarks if remark.kind == kind]:
             yield heading, remarks
 
 
 def config_text(t: Translation, *, path: str, files: list[str]) -> str:
-    """The Python source of a config file with ``get_config()``.
+    """Returns the Python source of a config file with ``get_config()``.
 
     Every value is written as a literal, and every text of a gin file in a comment of one line.
     """
@@ -57,7 +57,7 @@ def config_text(t: Translation, *, path: str, files: list[str]) -> str:
 
 
 def launch_command(t: Translation, path: str) -> str:
-    """The command that does what the launch does, without ``prompt-tuning``."""
+    """Returns the command that does what the launch does, without ``prompt-tuning``."""
     first = f"predict --config {path}" if t.command == "predict" else f"{t.command} {path}"
     if t.command in ("eval", "predict") and not t.options:
         t.options.append("--prompt PROMPT")
@@ -103,7 +103,7 @@ def _literal(value: Any) -> str:
 
 
 def _wrapped(text: str, first: str, rest: str | None = None) -> list[str]:
-    """A text of one line, free of what could end a comment or a docstring, in several lines."""
+    """Returns a text in several lines, free of what could end a comment or a docstring."""
     safe = printable(text).replace("\\", "/").replace('"""', "'''")
     rest = first if rest is None else rest
     return textwrap.wrap(

@@ -16,12 +16,12 @@ USE_IMPORT_GIN = "'prompt-tuning import-gin FILE... --output config.py' writes a
 
 
 def is_t5x_module(name: str) -> bool:
-    """Whether a gin file that imports the module is one of T5X's."""
+    """Returns whether a gin file that imports the module is one of T5X's."""
     return name.partition(".")[0] in (*T5X_LIBRARIES, "t5x")
 
 
 def fields_of_t5x_flags(flags: Mapping[str, Bound]) -> Fields:
-    """The fields that T5X's macros set; UserError for a value of another type.
+    """Returns the fields that T5X's macros set; UserError for a value of another type.
 
     A macro without an effect here is noted.
     """
@@ -32,7 +32,7 @@ def fields_of_t5x_flags(flags: Mapping[str, Bound]) -> Fields:
 
 
 def note_pretraining_steps(flags: Mapping[str, Bound], values: Mapping[str, Any]) -> None:
-    """Note a TRAIN_STEPS that seems to include the steps of the restored checkpoint, as T5X's."""
+    """Notes a TRAIN_STEPS that seems to include the steps of the restored checkpoint, as T5X's."""
     bound = flags.get("TRAIN_STEPS")
     initial = values.get("optimizer", {}).get("initial_step", 0)
     if bound and isinstance(bound.value, int) and bound.value > (initial or bound.value):

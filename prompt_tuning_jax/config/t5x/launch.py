@@ -52,7 +52,7 @@ def read_launch(
     bindings: Sequence[str] = (),
     search_paths: Sequence[str] = (),
 ) -> "Launch":
-    """Read gin files, then bindings; the last binding of a name wins.
+    """Reads gin files, then bindings; the last binding of a name wins.
 
     Raises:
       UserError: for a file that is missing, outside the folders, or not gin, and for a name that
@@ -78,7 +78,7 @@ class Launch:
     _items: int = 0
 
     def get(self, reference: Reference | None, parameter: str) -> Value | None:
-        """The value of a parameter where a reference is called; None if it is not bound.
+        """Returns the value of a parameter where a reference is called; None if it is not bound.
 
         An inner scope wins over an outer one.  References in the value are called in the same
         scope, unless they name their own.
@@ -101,23 +101,26 @@ class Launch:
         return value.value if value and isinstance(value.value, Reference) else None
 
     def macro(self, name: str) -> Value | None:
-        """The value of a macro; None if it has none."""
+        """Returns the value of a macro; None if it has none."""
         if name not in self.macros:
             return None
         self._read_macros.add(name)
         return self._value(self.macros[name], name, ())
 
     def binds(self, name: str) -> bool:
-        """Whether a parameter of this configurable is bound."""
+        """Returns whether a parameter of this configurable is bound."""
         return any(key.name == name for key in self.bindings)
 
     def refers_to(self, name: str) -> bool:
-        """Whether a value refers to this configurable."""
+        """Returns whether a value refers to this configurable."""
         bound = (*self.bindings.values(), *self.macros.values())
         return any(name in _referred(one.value) for one in bound)
 
     def unread(self) -> list[tuple[str, Value]]:
-        """The bindings that ``get`` did not return: ``configurable.parameter``, and the value."""
+        """Returns the bindings that ``get`` did not return.
+
+        Keys are ``configurable.parameter``.
+        """
         return [
             (f"{key.name}.{key.parameter}", self._value(bound, self.spelled[key], ()))
             for key, bound in self.bindings.items()
@@ -125,7 +128,7 @@ class Launch:
         ]
 
     def unused_macros(self) -> list[Value]:
-        """The macros that no value refers to, and that were not read."""
+        """Returns the macros that no value refers to, and that were not read."""
         bound = (*self.bindings.values(), *self.macros.values())
         mentioned = {name for one in bound for name in macro_names(one.value)}
         unused = [m for m in self.macros if m not in mentioned | self._read_macros]
@@ -236,7 +239,7 @@ class _Reader(GinReader):
         return value
 
     def _whole(self, selector: str, where: str) -> str:
-        """The whole name of a configurable; the selector itself where nothing says more."""
+        """Returns the whole name of a configurable; the selector itself where nothing says more."""
         first, dot, rest = selector.partition(".")
         module = self._aliases[-1].get(first)
         if dot and module is not None:

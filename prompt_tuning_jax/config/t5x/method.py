@@ -31,7 +31,7 @@ _EMBEDDINGS = ("token_embedder/embedding", "shared/embedding")
 
 
 def translate_method(t: Translation, network: Reference | None, trained: Value | None) -> None:
-    """Translate the method; ``trained`` are the expressions of what the optimizer trains."""
+    """Translates the method; ``trained`` are the expressions of what the optimizer trains."""
     encoder = t.launch.reference(network, "encoder_factory")
     prompted = bool(encoder and encoder.name == f"{_LAYERS}PromptEncoder")
     factory = t.get(encoder, "prompt_factory") if prompted else None
@@ -67,7 +67,7 @@ def translate_method(t: Translation, network: Reference | None, trained: Value |
 
 
 def _bare_prompt(t: Translation) -> Value | None:
-    """The prompt of files without a network, such as those of initializations."""
+    """Returns the prompt of files without a network, such as those of initializations."""
     prompt = None if t.launch.binds(_ATTENTION.name) else t.launch.macro("PROMPT")
     return None if prompt is None or prompt.is_missing else prompt
 

@@ -45,7 +45,7 @@ _ADDED = re.compile(r".*(prompt|ia3_scaling).*", re.DOTALL)
 def translate_checkpoint(
     t: Translation, restore: Reference | None, *, step: int | None, is_launch: bool
 ) -> int:
-    """Translate what is restored; returns the step from which the launch counts."""
+    """Translates what is restored; returns the step from which the launch counts."""
     path = t.get(restore, "path", "model.name_or_path")
     address = _address(path)
     if path is None:
@@ -78,7 +78,7 @@ def translate_checkpoint(
 
 
 def translate_model(t: Translation, model: Value | None) -> Reference | None:
-    """Translate the loss and the decoding; returns the reference to the network."""
+    """Translates the loss and the decoding; returns the reference to the network."""
     if model is None:  # a file of decoding options alone
         if t.launch.binds(_ENCODER_DECODER):
             _decoding(t, Reference((), _ENCODER_DECODER, True))
@@ -100,7 +100,7 @@ def translate_model(t: Translation, model: Value | None) -> Reference | None:
 
 
 def translate_dropout(t: Translation, config: Reference | None, dtype: Value | None) -> None:
-    """Translate the network's dropout and its dtype; T5X's own networks have a ``config``."""
+    """Translates the network's dropout and its dtype; T5X's own networks have a ``config``."""
     places = _DROPOUT if config is None else ((config, "dropout_rate"),)
     rates = [t.get(reference, parameter) for reference, parameter in places]
     # Files without a network define the macro for others.
@@ -118,7 +118,7 @@ def translate_dropout(t: Translation, config: Reference | None, dtype: Value | N
 
 
 def _is_added(pair: Any) -> bool:
-    """Whether an entry of an assignment map leaves out what a method adds to the model."""
+    """Returns whether an entry of an assignment map leaves out what a method adds to the model."""
     return bool(
         isinstance(pair, tuple | list)
         and len(pair) == 2
@@ -128,7 +128,7 @@ def _is_added(pair: Any) -> bool:
 
 
 def _address(path: Value | None) -> str:
-    """The checkpoint's path; empty for none."""
+    """Returns the checkpoint's path; empty for none."""
     if path is None or path.value in (None, [], (), ""):
         return ""
     if isinstance(path.value, list | tuple) and len(path.value) == 1:
@@ -296,7 +296,7 @@ def _decoding(t: Translation, model: Reference) -> None:
 
 
 def step_difference(total: Value, restored: int) -> int:
-    """The steps that a launch trains; UserError if it would train none."""
+    """Returns the steps that a launch trains; UserError if it would train none."""
     steps = int(number(total, whole=True)) - restored
     if steps <= 0:
         raise UserError(

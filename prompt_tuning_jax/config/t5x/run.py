@@ -24,7 +24,7 @@ _OTHER_PARAMETERS = {"b1": "beta1", "b2": "beta2", "momentum": "momentum"}
 
 
 def translate_task(t: Translation, dataset: Reference | None) -> None:
-    """Translate the task, its module and its lengths."""
+    """Translates the task, its module and its lengths."""
     if name := t.get(dataset, "mixture_or_task_name", "data.task"):
         t.set("data.task", text(name), name)
     else:
@@ -65,7 +65,7 @@ def _lengths(t: Translation, lengths: Value | None) -> None:
 
 
 def translate_training_data(t: Translation, run: Reference) -> None:
-    """Translate the data that a launch trains and evaluates on."""
+    """Translates the data that a launch trains and evaluates on."""
     train = t.launch.reference(run, "train_dataset_cfg")
     infer = t.launch.reference(run, "infer_eval_dataset_cfg")
     losses = t.launch.reference(run, "train_eval_dataset_cfg")
@@ -102,7 +102,7 @@ def translate_training_data(t: Translation, run: Reference) -> None:
 
 
 def translate_evaluation_data(t: Translation, dataset: Reference | None) -> None:
-    """Translate the data that a launch of eval or infer reads."""
+    """Translates the data that a launch of eval or infer reads."""
     translate_task(t, dataset)
     if split := t.get(dataset, "split"):
         t.set("data.eval_split", text(split), split)
@@ -116,7 +116,7 @@ def _examples(t: Translation, evaluator: Reference | None) -> None:
 
 
 def translate_training(t: Translation, run: Reference, restored: int) -> None:
-    """Translate steps, intervals, seeds and the folder of a launch of train."""
+    """Translates steps, intervals, seeds and the folder of a launch of train."""
     relative = t.get(run, "relative_steps")
     total = t.get(run, "total_steps", "" if relative and relative.value else "training.steps")
     if relative and relative.value:
@@ -197,7 +197,7 @@ def _schedule(t: Translation, schedule: Reference | None, restored: int) -> None
 
 
 def translate_optimizer(t: Translation, optimizer: Reference | None, restored: int) -> Value | None:
-    """Translate the optimizer; returns the expressions of the parameters that it trains."""
+    """Translates the optimizer; returns the expressions of the parameters that it trains."""
     if optimizer is None:
         return None
     trained = None
@@ -271,7 +271,7 @@ def _adafactor(t: Translation, adafactor: Reference, restored: int) -> None:
 
 
 def translate_mesh(t: Translation, partitioner: Reference | None) -> None:
-    """Translate how a model is partitioned."""
+    """Translates how a model is partitioned."""
     submesh = t.get(partitioner, "model_parallel_submesh")
     parts = t.get(partitioner, "num_partitions")
     if submesh and submesh.value:

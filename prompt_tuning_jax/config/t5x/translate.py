@@ -36,7 +36,7 @@ _REMAT = {"none": "none", "minimal": "dots", "full": "full"}
 
 
 def translate(launch: Launch, *, restored_step: int | None = None) -> Translation:
-    """Translate a launch, or files that are parts of one.
+    """Translates a launch, or files that are parts of one.
 
     Args:
       launch: its bindings.
@@ -69,7 +69,7 @@ def translate(launch: Launch, *, restored_step: int | None = None) -> Translatio
 
 
 def translated_experiment(t: Translation) -> Experiment:
-    """The experiment of a translation; fields that it does not set have their defaults."""
+    """Returns the experiment of a translation; fields that it does not set have their defaults."""
     values: dict[str, Any] = {}
     for section in fields(Experiment):
         cls = (

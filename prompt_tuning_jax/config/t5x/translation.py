@@ -59,7 +59,7 @@ class Translation:
         remark: str = "",
         default: str = "",
     ) -> None:
-        """Set a field, such as ``training.steps``; ``default`` names a default of T5X's."""
+        """Sets a field, such as ``training.steps``; ``default`` names a default of T5X's."""
         group, _, name = path.partition(".")
         text = str(source) if source else default
         self.settings.setdefault(group, {})[name] = Setting(value=value, source=text, remark=remark)
@@ -68,29 +68,32 @@ class Translation:
             self._add("changed", text or path, where, f"{path}={value!r}; {remark}")
 
     def value(self, path: str, default: Any = None) -> Any:
-        """The value of a field that was set, or the default."""
+        """Returns the value of a field that was set, or the default."""
         group, _, name = path.partition(".")
         setting = self.settings.get(group, {}).get(name)
         return default if setting is None else setting.value
 
     def lost(self, source: Value | None, text: str) -> None:
-        """Note that nothing corresponds to a binding."""
+        """Notes that nothing corresponds to a binding."""
         if source:
             self._add("lost", str(source), source.where, text)
 
     def missing(self, source: Value, field_name: str) -> None:
-        """Note a value that the launch must give and does not."""
+        """Notes a value that the launch must give and does not."""
         self._add("missing", source.name, source.where, f"not given; set {field_name}")
 
     def same_here(self, source: Value | None, text: str) -> None:
-        """Note that a binding needs no field."""
+        """Notes that a binding needs no field."""
         if source:
             self.same[text] += 1
 
     def get(
         self, reference: Reference | None, parameter: str, field_name: str = ""
     ) -> Value | None:
-        """A value that is bound and given; notes a missing one if a field corresponds to it."""
+        """Returns a value that is bound and given.
+
+        Notes a missing one if a field corresponds to it.
+        """
         value = self.launch.get(reference, parameter)
         if value is None or not value.is_missing:
             return value
@@ -101,7 +104,7 @@ class Translation:
     def expect(
         self, reference: Reference | None, parameter: str, *values: Any, same: str, lost: str
     ) -> None:
-        """Note a binding as the same here if it has one of the values, and as lost otherwise."""
+        """Notes a binding as the same here if it has one of the values, and as lost otherwise."""
         if (value := self.get(reference, parameter)) is None:
             return
         if value.value in values:
@@ -116,7 +119,7 @@ class Translation:
 
 
 def number(value: Value, *, whole: bool = False) -> Any:
-    """The number of a value; UserError with its place for anything else."""
+    """Returns the number of a value; UserError with its place for anything else."""
     kinds = (int,) if whole else (int, float)
     is_number = isinstance(value.value, kinds) and not isinstance(value.value, bool)
     if not is_number or not math.isfinite(value.value):
@@ -128,7 +131,7 @@ def number(value: Value, *, whole: bool = False) -> Any:
 
 
 def whole_numbers(value: Value) -> tuple[int, ...]:
-    """The whole numbers of a list; UserError with its place for anything else."""
+    """Returns the whole numbers of a list; UserError with its place for anything else."""
     items = value.value if isinstance(value.value, list | tuple) else [None]
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
         raise UserError(
@@ -138,14 +141,14 @@ def whole_numbers(value: Value) -> tuple[int, ...]:
 
 
 def text(value: Value) -> str:
-    """The text of a value; UserError with its place for anything else."""
+    """Returns the text of a value; UserError with its place for anything else."""
     if not isinstance(value.value, str):
         raise UserError(f"{value.where}: {value.name} is {value.value!r}; expected text")
     return value.value
 
 
 def texts(value: Value) -> tuple[str, ...]:
-    """The texts of a list; UserError with its place for anything else."""
+    """Returns the texts of a list; UserError with its place for anything else."""
     if not isinstance(value.value, list | tuple) or not all(
         isinstance(v, str) for v in value.value
     ):

@@ -122,7 +122,7 @@ _RULES = (
 
 
 def classify_unread(t: Translation) -> None:
-    """Note every binding that was not translated as the same here, or as lost."""
+    """Notes every binding that was not translated as the same here, or as lost."""
     for name, value in t.launch.unread():
         _classify(t, name, value)
     for macro in t.launch.unused_macros():

@@ -37,14 +37,14 @@ class Buckets:
 
     @classmethod
     def from_text(cls, text: str, *, beside: int = 0) -> "Buckets":
-        """The choice that ``data.buckets`` describes; UserError for an invalid text."""
+        """Returns the choice that ``data.buckets`` describes; UserError for an invalid text."""
         lengths, most = parse_buckets(text)
         return cls(lengths=lengths, most=most, beside=beside) if lengths or most else FIXED
 
     def choose(
         self, lengths_N: np.ndarray, weights_N: np.ndarray | None = None, *, limit: int
     ) -> tuple[int, ...]:
-        """Lengths, shortest first; the last is at least the longest of ``lengths_N``.
+        """Returns lengths, shortest first; the last is at least the longest of ``lengths_N``.
 
         ``lengths_N`` are lengths of inputs, or of each batch's longest input; ``weights_N`` is the
         number of rows of each.  Longer inputs are truncated to ``limit``.
@@ -65,7 +65,9 @@ FIXED = Buckets()
 
 
 def padded_size(number: int, *, least: int = 1) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least ``number`` and ``least``.
+    """Returns the smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is large enough.
+
+    It is at least ``number`` and ``least``.
 
     Padding to these sizes gives few shapes, and at most a third is padding.
     """
@@ -77,7 +79,7 @@ def padded_size(number: int, *, least: int = 1) -> int:
 
 
 def few_lengths(limit: int) -> Buckets:
-    """Lengths up to ``limit`` that do not depend on the data."""
+    """Returns lengths up to ``limit`` that do not depend on the data."""
     lengths = [_SHORTEST]
     while lengths[-1] < limit:
         lengths.append(padded_size(lengths[-1] + 1, least=_SHORTEST))
@@ -85,7 +87,7 @@ def few_lengths(limit: int) -> Buckets:
 
 
 def bucket_of(lengths_N: np.ndarray, bucket_lengths: tuple[int, ...]) -> np.ndarray:
-    """[N] int64: the first bucket that each length fits; truncated ones are in the last."""
+    """Returns [N] int64: the first bucket that each length fits; truncated ones are in the last."""
     first = np.searchsorted(np.asarray(bucket_lengths), lengths_N)
     return np.minimum(first, len(bucket_lengths) - 1)
 
@@ -93,7 +95,10 @@ def bucket_of(lengths_N: np.ndarray, bucket_lengths: tuple[int, ...]) -> np.ndar
 def _choose(
     lengths_N: np.ndarray, weights_N: np.ndarray, limit: int, buckets: Buckets
 ) -> tuple[int, ...]:
-    """The lengths with the fewest positions in total, by dynamic programming over the last one."""
+    """Returns the lengths with the fewest positions in total.
+
+    Uses dynamic programming over the last length.
+    """
     longest = max(_SHORTEST, -(-int(lengths_N.max()) // _MULTIPLE) * _MULTIPLE)
     offered = [*range(_SHORTEST, min(limit, longest), _MULTIPLE), min(limit, longest)]
     lengths_C = np.asarray(offered)
@@ -165,7 +170,7 @@ class BucketPlan:
         rates: Sequence[float] = (),
         num_seeds: int = 1,
     ) -> None:
-        """Assign examples to buckets.
+        """Assigns examples to buckets.
 
         Args:
           lengths: of the inputs of each set, in tokens.
@@ -202,12 +207,12 @@ class BucketPlan:
         self._drawn = functools.lru_cache(maxsize=num_seeds * near)(self._draw)
 
     def length_for(self, step: int) -> int:
-        """The inputs' length at ``step``, for all seeds."""
+        """Returns the inputs' length at ``step``, for all seeds."""
         parts = self._parts(step)
         return self.lengths[max(int(block.buckets[rows].max()) for block, rows in parts)]
 
     def indices_for(self, step: int, seed: int) -> np.ndarray:
-        """[B] int64: examples, counted through the sets, that ``seed`` sees at ``step``."""
+        """Returns [B] int64: examples, counted through the sets, that ``seed`` sees at ``step``."""
         parts = []
         for block, rows in self._parts(step):
             sets_B, positions_B = block.sets[rows], block.positions[rows]
@@ -225,7 +230,7 @@ class BucketPlan:
         return np.concatenate(parts)
 
     def _parts(self, step: int) -> list[tuple[_Block, slice]]:
-        """The rows of a step: slices of blocks."""
+        """Returns the rows of a step: slices of blocks."""
         start, stop = step * self._batch_size, (step + 1) * self._batch_size
         size = self._block_size
         return [
@@ -270,7 +275,7 @@ class BucketPlan:
         return order, (np.arange(size) + start) // width - start // width
 
     def _shares(self, rows: int) -> np.ndarray:
-        """[sets] int64: the number of rows of each set among the first ``rows``.
+        """Returns [sets] int64: the number of rows of each set among the first ``rows``.
 
         Row i of a set is due at (i + 1/2) / rate, and the earliest are taken: Webster's method.
         """
@@ -299,7 +304,9 @@ class BucketPlan:
 def _whole_batches(
     lengths_N: np.ndarray, batch_size: int, buckets: Buckets, limit: int
 ) -> tuple[tuple[int, ...], np.ndarray]:
-    """Bucket lengths, and [N] the bucket of each example; buckets have whole numbers of batches.
+    """Returns bucket lengths, and [N] the bucket of each example.
+
+    Buckets have whole numbers of batches.
 
     The first bucket also has the remainder of the set, and enough for the partial batches at both
     ends of an epoch.
@@ -317,7 +324,7 @@ def _whole_batches(
 
 
 def _random(count: int, *name: str | int) -> np.ndarray:
-    """[count] uint64; the same for the same name, on any machine."""
+    """Returns [count] uint64; the same for the same name, on any machine."""
     digest = hashlib.sha256("/".join(map(str, name)).encode()).digest()
     seed = int.from_bytes(digest[:8], "big")
     indices = np.arange(count, dtype=np.uint64)

@@ -42,7 +42,7 @@ class Ragged:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """One untruncated sequence."""
+        """Returns one untruncated sequence."""
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         return np.asarray(self.flat[self.offsets[index] : self.offsets[index + 1]])
@@ -53,11 +53,11 @@ class Ragged:
         return np.diff(self.offsets)
 
     def num_longer_than(self, length: int) -> int:
-        """The number of sequences that ``padded`` truncates."""
+        """Returns the number of sequences that ``padded`` truncates."""
         return int((self.lengths > length).sum())
 
     def padded(self, indices_B: np.ndarray, length: int, *, padding: int = 0) -> np.ndarray:
-        """Gather sequences -> [B, length] int32, padded.
+        """Gathers sequences -> [B, length] int32, padded.
 
         Longer sequences are truncated and still end with their last ``kept_at_end`` tokens (1: as
         after SeqIO's ``append_eos_after_trim``).
@@ -75,12 +75,12 @@ class Ragged:
         return tokens_BT
 
     def select(self, indices: np.ndarray) -> "Ragged":
-        """The sequences at ``indices``, in that order."""
+        """Returns the sequences at ``indices``, in that order."""
         return make_ragged([self[int(i)] for i in indices], kept_at_end=self.kept_at_end)
 
 
 def make_ragged(sequences: Iterable[Sequence[int] | np.ndarray], *, kept_at_end: int = 1) -> Ragged:
-    """Concatenate sequences; truncation keeps their last ``kept_at_end`` tokens."""
+    """Concatenates sequences; truncation keeps their last ``kept_at_end`` tokens."""
     arrays = [np.asarray(sequence, np.int32) for sequence in sequences]
     offsets = np.zeros(len(arrays) + 1, np.int64)
     np.cumsum([len(array) for array in arrays], out=offsets[1:])
@@ -111,17 +111,20 @@ class Entry:
 
 
 def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/prompt_tuning_jax/examples``; the default is below ``~/.cache``."""
+    """Returns ``$XDG_CACHE_HOME/prompt_tuning_jax/examples``; the default is below ``~/.cache``."""
     return user_cache("examples")
 
 
 def cache_key(parts: Sequence[str]) -> str:
-    """The name of an entry: SHA-256 of everything it depends on, and of the format's version."""
+    """Returns the name of an entry.
+
+    It is the SHA-256 of everything that the entry depends on, and of the format's version.
+    """
     return hashlib.sha256(json.dumps([FORMAT_VERSION, *parts]).encode()).hexdigest()
 
 
 def open_entry(folder: Path) -> Entry | None:
-    """Open an entry, memory-mapped; None if there is none or its files are damaged."""
+    """Opens an entry, memory-mapped; None if there is none or its files are damaged."""
     try:
         meta = read_json((folder / _META).read_bytes(), of=str(folder / _META))
         for name in (_TEXTS, *(f"{array}.npy" for array in _ARRAYS)):
@@ -146,7 +149,7 @@ def open_entry(folder: Path) -> Entry | None:
 
 
 def write_entry(folder: Path, entry: Entry, *, about: dict[str, Any]) -> None:
-    """Write an entry atomically; of several concurrent writers, the first one wins.
+    """Writes an entry atomically; of several concurrent writers, the first one wins.
 
     ``about`` is written to ``meta.json`` for human readers.  Raises UserError if the folder cannot
     be written.

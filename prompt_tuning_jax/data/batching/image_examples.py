@@ -59,7 +59,7 @@ class PixelRows:
         return np.stack([self._pixels(int(self._numbers_N[i])) for i in indices_B])
 
     def select(self, indices: HostArray) -> "PixelRows":
-        """The images at ``indices``, in that order."""
+        """Returns the images at ``indices``, in that order."""
         return PixelRows(self._images, self._config, self._numbers_N[indices])
 
     def _pixels(self, number: int) -> HostArray:
@@ -86,11 +86,11 @@ class ImageExamples(TokenizedExamples):
         return f"{self.title}: {len(self):,} image{'s' * (len(self) != 1)}"
 
     def digest(self) -> str:
-        """A digest of the images and their labels, in their order."""
+        """Returns a digest of the images and their labels, in their order."""
         return self.images_digest()
 
     def with_classes(self, vocabulary: ClassVocabulary) -> "ImageExamples":
-        """The examples with the numbers that a model's classifier has for their labels."""
+        """Returns the examples with the numbers that a model's classifier has for their labels."""
         rows = vocabulary.encode_targets([example["targets"] for example in self.texts])
         return replace(self, targets=make_ragged(rows))
 
@@ -110,7 +110,7 @@ class ImageExamples(TokenizedExamples):
 
 
 def image_examples(task: Task, split: str, vocabulary: ClassVocabulary) -> ImageExamples:
-    """The images of a split, with the numbers of their labels among the task's.
+    """Returns the images of a split, with the numbers of their labels among the task's.
 
     Raises UserError for a split that does not exist or is empty, and for a task of texts.
     """

@@ -49,7 +49,7 @@ class TrainBatches:
         weights: np.ndarray | None = None,
         augment: Augment | None = None,
     ) -> None:
-        """Plan the batches.
+        """Plans the batches.
 
         Args:
           examples: one set, or several to be mixed; of equal lengths.
@@ -112,13 +112,16 @@ class TrainBatches:
         return self._sets[0].inputs.dtype == np.uint8
 
     def lengths_for(self, step: int) -> tuple[int, int]:
-        """(T, S) of the batch at ``step``: the same for all seeds, whose slices form one array."""
+        """Returns (T, S) of the batch at ``step``.
+
+        They are the same for all seeds, whose slices form one array.
+        """
         if self._plan is None:
             return self.inputs_lengths[0], self._targets_length
         return self._plan.length_for(step), self._targets_length
 
     def indices_for(self, step: int, seed: int) -> np.ndarray:
-        """[B] int64: the numbers of the examples that ``seed`` sees at ``step``."""
+        """Returns [B] int64: the numbers of the examples that ``seed`` sees at ``step``."""
         if step < 0:
             raise IndexError(f"step {step}")
         if self._plan is not None:
@@ -126,18 +129,21 @@ class TrainBatches:
         return np.asarray(self._orders[seed][step], np.int64)
 
     def digest(self) -> str:
-        """A digest of the examples, in their order."""
+        """Returns a digest of the examples, in their order."""
         return " ".join(examples.digest() for examples in self._sets)
 
     def padding(self, start_step: int, stop_step: int) -> float:
-        """Percent of the input positions of these steps that are padding, in all rows and seeds."""
+        """Returns the percentage of padding in the inputs of these steps.
+
+        All rows and seeds are included.
+        """
         steps = range(start_step, stop_step)
         real = sum(self._real_of.get(step) or self._count_real(step) for step in steps)
         lengths = sum(self.lengths_for(step)[0] for step in steps)
         return 100 * (1 - real / max(lengths * self.batch_size * len(self._seeds), 1))
 
     def empty_batches(self, start_step: int, stop_step: int) -> list[Batch]:
-        """A batch of each shape that these steps have, all padding."""
+        """Returns a batch of each shape that these steps have, all padding."""
         indices_EB = np.zeros((len(self._seeds), self.batch_size), np.int8)[:, self._rows]
         leading = indices_EB.shape[1:] if self._one_seed else indices_EB.shape
         lengths = sorted({self.lengths_for(step) for step in range(start_step, stop_step)})
@@ -183,7 +189,7 @@ class TrainBatches:
     def iterate(
         self, start_step: int, stop_step: int, *, num_threads: int = 1, prefetch: int = 8
     ) -> Iterator[Batch]:
-        """Yield the batches of steps ``start_step`` to ``stop_step - 1``, prepared in threads."""
+        """Yields the batches of steps ``start_step`` to ``stop_step - 1``, prepared in threads."""
         import grain
 
         steps = grain.MapDataset.range(start_step, max(start_step, stop_step))
@@ -191,7 +197,7 @@ class TrainBatches:
         yield from steps.map(self.__getitem__).to_iter_dataset(options)
 
     def _with_tasks(self, batch: Batch, task_index: np.ndarray, number: np.ndarray) -> Batch:
-        """The batch with ``task_index`` of several sets, and with weights if there are any."""
+        """Returns the batch with ``task_index`` of several sets, and with any weights."""
         batch = {**batch, "task_index": task_index} if len(self._sets) > 1 else batch
         if self._weights_N is None:
             return batch
@@ -250,7 +256,7 @@ class TrainBatches:
 def eval_batches(
     examples: TokenizedExamples, *, batch_size: int, buckets: Buckets = FIXED
 ) -> Iterator[Batch]:
-    """Yield all examples once, in batches of one size and of the lengths that ``buckets`` chooses.
+    """Yields all examples once, in batches of one size and of the lengths that ``buckets`` chooses.
 
     In addition to the arrays of a training batch: ``example_index`` [B] int32, into
     ``examples.texts``, and ``row_mask`` [B] bool.  Examples are in order if all batches have the
@@ -276,7 +282,7 @@ def eval_batches(
 def eval_plan(
     examples: TokenizedExamples, *, batch_size: int, buckets: Buckets = FIXED
 ) -> list[tuple[np.ndarray, int]]:
-    """For each batch of ``eval_batches`` its ``example_index`` and the length of its inputs."""
+    """Returns the ``example_index`` and the inputs' length of each batch of ``eval_batches``."""
     if batch_size < 1:
         raise UserError(f"evaluation.batch_size is {batch_size} and must be at least 1")
     number, limit = len(examples), examples.inputs_length
@@ -296,7 +302,10 @@ def eval_plan(
 
 
 def eval_padding(plan: Sequence[tuple[np.ndarray, int]], examples: TokenizedExamples) -> float:
-    """Percent of the input positions of an ``eval_plan`` that are padding, spare rows included."""
+    """Returns the percentage of padding in the inputs of an ``eval_plan``.
+
+    Spare rows are included.
+    """
     computed = sum(len(index_B) * length for index_B, length in plan)
     real = int(np.minimum(examples.inputs.lengths, examples.inputs_length).sum())
     return 100 * (1 - real / max(computed, 1))

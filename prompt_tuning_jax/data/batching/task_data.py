@@ -70,7 +70,7 @@ class TaskData:
     reports: tuple[str, ...]
 
     def require_direction(self) -> Direction:
-        """The direction of ``best_by``; UserError if it is not known."""
+        """Returns the direction of ``best_by``; UserError if it is not known."""
         if self.direction is None:
             raise UserError(
                 f"evaluation.best_by: the direction of {self.best_by!r} is not known; set "
@@ -79,7 +79,7 @@ class TaskData:
         return self.direction
 
     def wants_loss(self, task: Task) -> bool:
-        """Whether the evaluation of this task includes the loss, which takes a forward pass."""
+        """Returns whether this task's evaluation includes the loss, which takes a forward pass."""
         name, slash, metric = self.best_by.rpartition("/")
         chosen = metric == LOSS and (not slash or name == task.name)
         return EVALUATION_LOSS in task.metrics or chosen
@@ -136,18 +136,21 @@ class TaskData:
         }
 
     def empty_batches(self, steps: int) -> list[Batch]:
-        """An empty batch of each shape in the first steps of training, to compile for."""
+        """Returns an empty batch of each shape in the first steps of training, to compile for."""
         if self.train is None:
             return []
         return [*self.train.empty_batches(0, min(steps, _REPORTED_STEPS))]
 
     def padding(self, start: int, stop: int) -> float | None:
-        """The percent of padding in the inputs of steps ``start`` to ``stop - 1``; images: None."""
+        """Returns the percent of padding in the inputs of steps ``start`` to ``stop - 1``.
+
+        Images: None.
+        """
         train = self._training_batches()
         return None if train.reads_images else train.padding(start, stop)
 
     def batches(self, start: int, stop: int, partitioner: Partitioner) -> Iterator[Batch]:
-        """The batches ``[E, B, ...]`` of steps ``start`` to ``stop - 1``, sharded by B."""
+        """Yields the batches ``[E, B, ...]`` of steps ``start`` to ``stop - 1``, sharded by B."""
         train = self._training_batches()
         axes, size = ("ensemble", "batch", "length"), train.batch_size
         rows = partitioner.rows(size)
@@ -328,7 +331,7 @@ def require_inputs(examples: TokenizedExamples, *, has_prompt: bool) -> None:
 
 
 def draws_of(experiment: Experiment) -> tuple[Experiment, ...]:
-    """The experiment once per seed if seeds determine the inputs; otherwise only itself."""
+    """Returns the experiment once per seed if seeds determine the inputs; otherwise only itself."""
     if not experiment.method.num_demonstrations():
         return (experiment,)
     training = experiment.training
@@ -339,7 +342,7 @@ def draws_of(experiment: Experiment) -> tuple[Experiment, ...]:
 
 
 def buckets_of(experiment: Experiment) -> Buckets:
-    """How the lengths of batches are chosen; some methods need a fixed length."""
+    """Returns how the lengths of batches are chosen; some methods need a fixed length."""
     method = experiment.method
     # Descriptions have positions in the inputs, and images have one size.
     if any(method.description_shape()) or is_image_data(experiment.data):
@@ -382,7 +385,7 @@ def _check_targets(
 
 
 def _weights(data: Data, train_sets: Sequence[TokenizedExamples]) -> np.ndarray | None:
-    """The weights of all examples, by the labels of their sets; None if all are equal."""
+    """Returns the weights of all examples, by the labels of their sets; None if all are equal."""
     if not data.class_weights:
         return None
     tasks = [(one.task.labels, [example["targets"] for example in one.texts]) for one in train_sets]
@@ -483,7 +486,10 @@ def _best_by(best_by: str, eval_sets: list[TokenizedExamples]) -> str:
 def _direction(
     mode: Literal["auto", "max", "min"], best_by: str, eval_sets: list[TokenizedExamples]
 ) -> Direction | None:
-    """The direction of ``best_by``; None if it is not known, UserError for a contradiction."""
+    """Returns the direction of ``best_by``.
+
+    Returns None if it is not known, UserError for a contradiction.
+    """
     task_name, slash, metric = best_by.rpartition("/") if len(eval_sets) > 1 else ("", "", best_by)
     declared: Direction | None = None
     for one in eval_sets:

@@ -103,11 +103,11 @@ class TokenizedExamples:
         return changed
 
     def score(self, predictions: Sequence[str]) -> dict[str, float]:
-        """The task's metrics of predicted texts, one per example in the same order."""
+        """Returns the task's metrics of predicted texts, one per example in the same order."""
         return self.task.score(self.texts, self.as_written(predictions))
 
     def as_written(self, predictions: Sequence[str]) -> list[str]:
-        """Predicted texts, one per example, in the spelling of targets and labels.
+        """Returns predicted texts, one per example, in the spelling of targets and labels.
 
         The decoded form of a label counts as that label, and that of a target as that target, if no
         letters are lost.
@@ -169,7 +169,7 @@ class TokenizedExamples:
         return f"{line}; {self.note}" if self.note else line
 
     def digest(self) -> str:
-        """A digest of the examples' ids, in their order."""
+        """Returns a digest of the examples' ids, in their order."""
         digest = hashlib.sha256()
         for array in (
             self.inputs.offsets,
@@ -181,7 +181,7 @@ class TokenizedExamples:
         return digest.hexdigest()
 
     def select(self, indices: np.ndarray) -> "TokenizedExamples":
-        """The examples at ``indices``, in that order."""
+        """Returns the examples at ``indices``, in that order."""
         return replace(
             self,
             inputs=self.inputs.select(indices),
@@ -190,13 +190,16 @@ class TokenizedExamples:
         )
 
     def at_most(self, number: int) -> "TokenizedExamples":
-        """At most ``number`` evenly spaced examples (files may be sorted by label); 0: all."""
+        """Returns at most ``number`` evenly spaced examples (files may be sorted by label).
+
+        0: all.
+        """
         if not 0 < number < len(self):
             return self
         return self.select(np.arange(number) * len(self) // number)
 
     def drawn(self, number: int, *, seed: int) -> "TokenizedExamples":
-        """At most ``number`` examples, drawn at random and kept in their order; 0: all."""
+        """Returns at most ``number`` examples, drawn at random and kept in their order; 0: all."""
         if not 0 < number < len(self):
             return self
         random = np.random.default_rng(seed)
@@ -215,7 +218,7 @@ def tokenize(
     cache_dir: str | os.PathLike[str] | None = None,
     use_cache: bool = True,
 ) -> TokenizedExamples:
-    """Tokenize a split of a task, or open the cache of an earlier call.
+    """Tokenizes a split of a task, or opens the cache of an earlier call.
 
     Args:
       task: the task.
@@ -273,7 +276,10 @@ def tokenize(
 def encode_inputs(
     vocabulary: AnyVocabulary, texts: Sequence[str], *, index: int | None, chat: bool = False
 ) -> list[list[int]]:
-    """Token ids of inputs, with the token for the task before the text if it has an ``index``."""
+    """Returns the token ids of inputs.
+
+    With an ``index``, the token for the task comes before the text.
+    """
     rows = vocabulary.encode_inputs(texts, chat=chat)
     if index is None:
         return rows
@@ -282,7 +288,10 @@ def encode_inputs(
 
 
 def check_labels(task: Task, vocabulary: AnyVocabulary, *, targets_length: int) -> None:
-    """Raise UserError if a label exceeds ``targets_length``, or two labels have the same tokens."""
+    """Raises UserError if a label is too long, or two labels have the same tokens.
+
+    A label has at most ``targets_length`` tokens.
+    """
     seen: dict[tuple[int, ...], str] = {}
     for label in task.labels:
         ids = tuple(vocabulary.encode_target(label))

@@ -14,7 +14,7 @@ def inputs_limit(
     prompt_positions: int,
     advice: str,
 ) -> int:
-    """The length, in tokens, to which inputs are cut.
+    """Returns the length, in tokens, to which inputs are cut.
 
     A decoder-only model writes its target behind the prompt and the input, and all three have to
     fit in its window.  Prompts and targets are never cut.
@@ -42,7 +42,7 @@ def inputs_limit(
 def fit_window(
     experiment: Experiment, window: int | None, *, prompt_positions: int | None = None
 ) -> Experiment:
-    """The experiment with ``data.inputs_length`` reduced to what fits the model's window.
+    """Returns the experiment with ``data.inputs_length`` reduced to what fits the model's window.
 
     ``prompt_positions`` are those of loaded prompts; None: those of the experiment's method.
     Raises UserError as ``inputs_limit`` does.

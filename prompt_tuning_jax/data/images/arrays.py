@@ -26,12 +26,14 @@ _PARTS = {True: ("train",), False: ("validation", "val", "test")}
 
 
 def is_idx(path: Path) -> bool:
-    """Whether this is the name of an IDX file of images."""
+    """Returns whether this is the name of an IDX file of images."""
     return _IDX.fullmatch(path.name) is not None
 
 
 def open_idx(path: Path, labels: Sequence[str]) -> ImageSet:
-    """The images ``*images-idx3-ubyte`` with the labels beside them, both maybe with ``.gz``.
+    """Returns the images ``*images-idx3-ubyte`` with the labels beside them.
+
+    Either file may have the suffix ``.gz``.
 
     ``labels`` name the classes 0, 1, ...; without them the numbers are the names.
     """
@@ -47,7 +49,7 @@ def open_idx(path: Path, labels: Sequence[str]) -> ImageSet:
 
 
 def open_npz(path: Path, labels: Sequence[str], *, training: bool) -> ImageSet:
-    """The arrays ``images`` and ``labels`` of an npz file, or those of the training split.
+    """Returns the arrays ``images`` and ``labels`` of an npz file, or those of the training split.
 
     Images are uint8 ``[N, H, W]`` or ``[N, H, W, channels]``; labels are whole numbers or texts.
     The arrays of a split are ``train_images`` and ``train_labels`` (validation, val, test), or
@@ -68,7 +70,7 @@ def open_npz(path: Path, labels: Sequence[str], *, training: bool) -> ImageSet:
 
 
 def open_unlabeled(path: Path) -> ImageSet:
-    """The images of an IDX or npz file alone; it needs no labels.
+    """Returns the images of an IDX or npz file alone; it needs no labels.
 
     Those of an npz file with several splits are from the one that evaluates.
     """
@@ -84,7 +86,7 @@ def open_unlabeled(path: Path) -> ImageSet:
 
 
 def _pixels(images: np.ndarray, path: Path) -> np.ndarray:
-    """The images as ``[N, H, W, channels]``."""
+    """Returns the images as ``[N, H, W, channels]``."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise UserError(
             f"{path}: the images are {images.dtype} {list(images.shape)}; they must be uint8 "
@@ -99,7 +101,7 @@ def _pixels(images: np.ndarray, path: Path) -> np.ndarray:
 def _numbered(
     images_NHWC: np.ndarray, numbers_N: np.ndarray, labels: Sequence[str], *, path: Path
 ) -> ImageSet:
-    """The set with labels for the numbers of classes."""
+    """Returns the set with labels for the numbers of classes."""
     if len(images_NHWC) != len(numbers_N):
         raise UserError(f"{path}: {len(images_NHWC):,} images and {len(numbers_N):,} labels")
     if not len(numbers_N):
@@ -189,7 +191,7 @@ def _names_of_split(training: bool) -> list[tuple[str, str]]:
 
 
 def _read_npz(path: Path, choices: Sequence[tuple[str, ...]]) -> list[np.ndarray]:
-    """The arrays of the first choice of names that are in the file."""
+    """Returns the arrays of the first choice of names that are in the file."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -205,7 +207,7 @@ def _read_npz(path: Path, choices: Sequence[tuple[str, ...]]) -> list[np.ndarray
 
 
 def _read_npy(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
-    """An array whose header is checked against its size before any of it is read."""
+    """Returns an array whose header is checked against its size before any of it is read."""
     size = archive.getinfo(name).file_size
     if size > _MAX_BYTES:
         raise UserError(f"{path}: {name} has {size:,} bytes; at most {_MAX_BYTES:,} are read")

@@ -18,7 +18,7 @@ _ORIENTATION = 0x0112  # the tag that says how a camera was held
 
 
 def is_image_file(path: str | Path) -> bool:
-    """Whether this is the name of an image file."""
+    """Returns whether this is the name of an image file."""
     return Path(path).suffix.lower() in SUFFIXES
 
 

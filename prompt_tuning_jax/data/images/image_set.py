@@ -37,7 +37,7 @@ class ImageSet:
 
 
 def files_as_images(paths: Sequence[str]) -> ImageSet:
-    """The image files, without labels."""
+    """Returns the image files, without labels."""
     return ImageSet(
         title="the images",
         names=tuple(paths),

@@ -16,7 +16,7 @@ _LOOKED_AT = 100  # entries of a folder, to tell what it holds
 
 
 def is_image_source(path: str) -> bool:
-    """Whether this names images, and not rows of text; a folder is looked into."""
+    """Returns whether this names images, and not rows of text; a folder is looked into."""
     place = expanded(path)
     if not path or place.suffix == ".npz" or is_idx(place):
         return bool(path)
@@ -90,7 +90,7 @@ def _open_folder(folder: Path) -> ImageSet:
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """The entries of a folder that are not hidden, in the order of their names."""
+    """Returns the entries of a folder that are not hidden, in the order of their names."""
     try:
         children = sorted(folder.iterdir(), key=lambda child: natural_order(child.name))
     except OSError as error:

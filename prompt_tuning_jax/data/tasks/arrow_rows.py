@@ -22,7 +22,7 @@ _Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
 def read_parquet(path: Path) -> _Rows:
-    """Yield (where, row) of a parquet file."""
+    """Yields (where, row) of a parquet file."""
     import pyarrow.parquet
 
     with _refusing(path):
@@ -32,7 +32,7 @@ def read_parquet(path: Path) -> _Rows:
 
 
 def read_arrow(path: Path, *, first: int = 1) -> _Rows:
-    """Yield (where, row) of an Arrow file or stream, as ``datasets`` writes them."""
+    """Yields (where, row) of an Arrow file or stream, as ``datasets`` writes them."""
     import pyarrow as pa
 
     with _refusing(path), pa.OSFile(str(path)) as source:
@@ -48,7 +48,7 @@ def read_arrow(path: Path, *, first: int = 1) -> _Rows:
 
 
 def read_folder(folder: Path, split: str) -> _Rows:
-    """Yield (where, row) of a ``save_to_disk`` folder; ``split`` selects one of several splits."""
+    """Yields (where, row) of a ``save_to_disk`` folder; ``split`` selects one of several splits."""
     files = files_of(folder, split)
     for path in files[1:]:
         yield from read_arrow(path)

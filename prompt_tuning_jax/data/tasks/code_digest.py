@@ -13,7 +13,9 @@ _PLAIN = (str, bytes, int, float, bool, type(None))
 
 
 def code_digest(value: Any) -> str:
-    """SHA-256 of a function and of the values that it closes over; editing it changes the digest.
+    """Returns the SHA-256 of a function and of the values that it closes over.
+
+    Editing it changes the digest.
 
     A function is represented by its name and by the text of the whole module that defines it (its
     helpers are there), including partial arguments and closed-over values.  If no file defines it,
@@ -66,7 +68,10 @@ def _describe_all(values: Any, depth: int) -> str:
 
 
 def _names(code: CodeType) -> set[str]:
-    """The names of globals and attributes that a function uses, also in functions within it."""
+    """Returns the names of globals and attributes that a function uses.
+
+    Functions within it are included.
+    """
     inner = (_names(part) for part in code.co_consts if inspect.iscode(part))
     return set(code.co_names).union(*inner)
 

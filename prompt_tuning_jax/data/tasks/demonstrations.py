@@ -25,7 +25,7 @@ _MARK = "\ue000"
 def draw(
     examples: Sequence[Example], *, labels: Sequence[str], shots: int, balanced: bool, seed: int
 ) -> Demonstrations:
-    """``shots`` random examples (or all, if there are fewer) with different inputs.
+    """Returns ``shots`` random examples (or all, if there are fewer) with different inputs.
 
     ``balanced`` draws in rounds of one example per label, shuffled within a round, so that the
     first few are balanced as well; labels without further examples are skipped.  It has no effect
@@ -63,7 +63,9 @@ def demonstrated(
     inputs_length: int,
     chat: bool = False,
 ) -> Task:
-    """The task with as many of the drawn examples in each input as fit ``inputs_length`` tokens.
+    """Returns the task with drawn examples in each input, as many as fit.
+
+    An input has at most ``inputs_length`` tokens.
 
     The first ones are kept; the input itself is truncated only if it is too long without any.  An
     example is never a demonstration for itself.  ``identity`` represents ``compose`` in cache keys.
@@ -108,7 +110,7 @@ def demonstrated(
 
 
 def report(examples: TokenizedExamples, *, shots: int, seed: int) -> str:
-    """One line about the number of demonstrations in the inputs."""
+    """Returns one line about the number of demonstrations in the inputs."""
     numbers = np.asarray([example[NUMBER] for example in examples.texts])
     line = f"demonstrations of seed {seed}: "
     if numbers.min() == numbers.max():

@@ -46,7 +46,7 @@ def file_task(
     columns: Sequence[str] = (),
     separator: str = "",
 ) -> Task:
-    """Make a task of one or two files; the arguments are the fields of ``experiment.Data``.
+    """Makes a task of one or two files; the arguments are the fields of ``experiment.Data``.
 
     ``RowFile`` reads the files.  Values become text: JSON numbers as they are spelled, booleans
     ``True`` and ``False``, null an empty string.  White space around a target is stripped.  Each
@@ -148,7 +148,7 @@ def _row_files(
     columns: Sequence[str],
     separator: str,
 ) -> dict[str, RowFile]:
-    """The files by split."""
+    """Returns the files by split."""
     if train and eval and train_split == eval_split:
         raise UserError(
             f"data.train_split and data.eval_split are both {train_split!r}; rename one"
@@ -184,7 +184,7 @@ def _sides(
 
 
 def are_labels(train: Mapping[str, int], evaluation: Mapping[str, int] | None = None) -> bool:
-    """Whether targets are labels (rather than text), by how often each occurs.
+    """Returns whether targets are labels (rather than text), by how often each occurs.
 
     They are text if there are more than ``MAX_LABELS``; if most rows have a unique target; if there
     are more than ten and they are long; and if most rows of the evaluation file have a unique
@@ -215,7 +215,7 @@ def _mostly_once(counts: Mapping[str, int]) -> bool:
 def _labels_of(
     train: Iterator[Row], evaluation: Callable[[], Iterator[Row]] | None, kind: TargetKind
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The labels (empty if the targets are text), and notes about the decision."""
+    """Returns the labels (empty if the targets are text), and notes about the decision."""
     counts = _count_targets(train)
     if kind == "auto":
         seen = _count_targets(evaluation()) if evaluation else None
@@ -298,7 +298,7 @@ def _require_columns(
 
 
 def _naming(row: Row, inputs: TextTemplate, targets: TextTemplate) -> str:
-    """How to name the columns of a table without a header."""
+    """Returns how to name the columns of a table without a header."""
     columns = list(dict.fromkeys([*inputs.columns, *targets.columns]))
     if len(columns) == len(row) == 2:
         return (

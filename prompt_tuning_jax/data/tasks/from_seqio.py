@@ -25,7 +25,7 @@ _PACKAGES = ("seqio", "tensorflow", "tensorflow-datasets")
 
 
 def names_in_seqio() -> tuple[str, ...]:
-    """The names of SeqIO's tasks and mixtures, without the tasks that ``to_seqio`` registered."""
+    """Returns the names of SeqIO's tasks and mixtures, without those of ``to_seqio``."""
     import seqio
 
     names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
@@ -33,7 +33,7 @@ def names_in_seqio() -> tuple[str, ...]:
 
 
 def from_seqio(name: str) -> Task | Mixture:
-    """Wrap a registered SeqIO task, or a mixture with its rates; UserError for an unknown name.
+    """Wraps a registered SeqIO task, or a mixture with its rates; UserError for an unknown name.
 
     The texts are ``inputs_pretokenized`` and ``targets_pretokenized``.  If a preprocessor produces
     only ids, they are decoded with the task's vocabulary.  Ids that a preprocessor adds or changes

@@ -14,12 +14,12 @@ _MOST_LISTED = 20
 
 
 def label_line(counts: Mapping[str, int], labels: Sequence[str]) -> str:
-    """``labels: billing 73, shipping 70, ...``, the most frequent first."""
+    """Returns ``labels: billing 73, shipping 70, ...``, the most frequent first."""
     return f"labels: {listed_counts({label: counts.get(label, 0) for label in labels})}"
 
 
 def listed_counts(counts: Mapping[str, int]) -> str:
-    """``billing 73, shipping 70``: the 20 most frequent."""
+    """Returns ``billing 73, shipping 70``: the 20 most frequent."""
     ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     text = ", ".join(f"{_shown(name)} {number:,}" for name, number in ordered[:_MOST_LISTED])
     more = len(ordered) - _MOST_LISTED
@@ -71,7 +71,10 @@ def require_labels_known(
 
 
 def near_label(target: str, labels: Sequence[str]) -> str | None:
-    """The label that was probably meant: the same letters or number, or a similar spelling."""
+    """Returns the label that was probably meant.
+
+    It has the same letters or number, or a similar spelling.
+    """
     normalized = _normalized(target)
     return next((x for x in labels if _normalized(x) == normalized), None) or nearest(
         target, labels
@@ -79,7 +82,7 @@ def near_label(target: str, labels: Sequence[str]) -> str | None:
 
 
 def is_rewritten(text: str, read_back: str) -> bool:
-    """Whether two texts differ only in blanks, case, and Unicode normalization."""
+    """Returns whether two texts differ only in blanks, case, and Unicode normalization."""
     return _letters(text) == _letters(read_back)
 
 
@@ -113,7 +116,9 @@ def example_weights(
     *,
     prefix: str = "",
 ) -> np.ndarray:
-    """``[N]`` float32: the weight of each example of all ``tasks``, given as (labels, targets).
+    """Returns ``[N]`` float32: the weight of each example of all ``tasks``.
+
+    A task is given as (labels, targets).
 
     ``balanced`` gives an example of a label with n of a task's N examples the weight N / (C * n),
     where C is the number of labels that occur: all labels have the same total weight, and the mean

@@ -13,7 +13,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[str, float]:
-    """{"em", "f1"} in percent: the best over a question's answers, averaged over questions.
+    """Returns {"em", "f1"} in percent: the best over a question's answers, averaged over questions.
 
     An empty prediction for an empty answer is an exact match with an F1 of 0, as in ``t5``.  Raises
     ValueError for a question without answers.
@@ -28,12 +28,12 @@ def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[
 
 
 def normalized(text: str) -> str:
-    """Lower case without ASCII punctuation, articles and superfluous white space."""
+    """Returns the text in lower case without ASCII punctuation, articles and extra blanks."""
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 def word_f1(target: str, prediction: str) -> float:
-    """F1 of the words that two texts share, with multiplicity; from 0 to 1."""
+    """Returns F1 of the words that two texts share, with multiplicity; from 0 to 1."""
     target_words, predicted_words = target.split(), prediction.split()
     shared = sum((Counter(target_words) & Counter(predicted_words)).values())
     if not shared:
@@ -43,14 +43,14 @@ def word_f1(target: str, prediction: str) -> float:
 
 
 def pearson(targets: Sequence[float], predictions: Sequence[float]) -> float:
-    """Pearson's correlation; nan if all predictions are equal, as in the original."""
+    """Returns Pearson's correlation; nan if all predictions are equal, as in the original."""
     from scipy.stats import pearsonr
 
     return _correlation(pearsonr, targets, predictions)
 
 
 def spearman(targets: Sequence[float], predictions: Sequence[float]) -> float:
-    """Spearman's rank correlation; nan as in ``pearson``."""
+    """Returns Spearman's rank correlation; nan as in ``pearson``."""
     from scipy.stats import spearmanr
 
     return _correlation(spearmanr, targets, predictions)
@@ -66,7 +66,10 @@ def _correlation(function: Any, targets: Sequence[float], predictions: Sequence[
 def rouge_f1(
     targets: Sequence[str], predictions: Sequence[str], *, kinds: Sequence[str]
 ) -> dict[str, float]:
-    """The mean F1 of these kinds of ROUGE, by their names in the reference implementation."""
+    """Returns the mean F1 of these kinds of ROUGE.
+
+    ``kinds`` are their names in the reference implementation.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(kinds))

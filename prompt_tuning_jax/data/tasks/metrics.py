@@ -46,7 +46,7 @@ class Metric:
     direction: Direction | Mapping[str, Direction] | None = None
 
     def declared_direction(self, name: str) -> Direction | None:
-        """The direction of the metric's number of that name, if it declares one."""
+        """Returns the direction of the metric's number of that name, if it declares one."""
         if isinstance(self.direction, Mapping):
             return self.direction.get(name)
         return self.direction if name == self.name else None
@@ -55,7 +55,7 @@ class Metric:
 def score(
     metrics: Sequence[Metric], targets: Sequence[Any], predictions: Sequence[Any]
 ) -> dict[str, float]:
-    """Compute all metrics -> {name: value}; raises ValueError if the lengths differ or are 0."""
+    """Computes all metrics -> {name: value}; raises ValueError if the lengths differ or are 0."""
     if len(targets) != len(predictions) or not targets:
         raise ValueError(f"{len(targets)} targets and {len(predictions)} predictions")
     scores: dict[str, float] = {}
@@ -69,7 +69,7 @@ def score(
 
 
 def is_better(score: float, than: float, direction: Direction) -> bool:
-    """Whether a score is strictly better than another one.
+    """Returns whether a score is strictly better than another one.
 
     Scores that are not finite are worse than any number.
     """
@@ -81,7 +81,7 @@ def is_better(score: float, than: float, direction: Direction) -> bool:
 
 
 def best_of(scores: Iterable[float], direction: Direction) -> int:
-    """The index of the best score (the first of equal ones); 0 if none is finite."""
+    """Returns the index of the best score (the first of equal ones); 0 if none is finite."""
     best, best_score = 0, math.nan
     for index, score in enumerate(scores):
         if is_better(score, best_score, direction):
@@ -90,7 +90,9 @@ def best_of(scores: Iterable[float], direction: Direction) -> int:
 
 
 def direction_by_name(name: str) -> Direction | None:
-    """The direction of a metric with a common name, with or without ``task/``; None for others.
+    """Returns the direction of a metric with a common name, with or without ``task/``.
+
+    Returns None for others.
 
     Names with words for both directions, for instance ``loss_accuracy``, give None.
     """
@@ -104,7 +106,7 @@ def direction_by_name(name: str) -> Direction | None:
 
 
 def _stems(word: str) -> tuple[str, ...]:
-    """The word, the word without trailing digits (``rouge2``), and without a plural's s."""
+    """Returns the word, the word without trailing digits (``rouge2``), and without a plural's s."""
     bare = word.rstrip("0123456789")
     return word, bare, word.removesuffix("s")
 
@@ -131,12 +133,12 @@ _HIGHER_IS_BETTER = frozenset(
 
 
 def metric_names() -> tuple[str, ...]:
-    """The names that ``get_metric`` knows."""
+    """Returns the names that ``get_metric`` knows."""
     return tuple(_FACTORIES)
 
 
 def get_metric(name: str, *, labels: Sequence[str] = ()) -> Metric:
-    """Return a metric by its name, with its direction.
+    """Returns a metric by its name, with its direction.
 
     Args:
       name: one of ``metric_names()``; UserError with the nearest name otherwise.
@@ -155,31 +157,34 @@ def get_metric(name: str, *, labels: Sequence[str] = ()) -> Metric:
 
 
 def accuracy(targets: Sequence[Any], predictions: Sequence[Any]) -> float:
-    """Percent of predictions that equal their target exactly."""
+    """Returns the percentage of predictions that equal their target exactly."""
     hits = sum(bool(t == p) for t, p in zip(targets, predictions, strict=True))
     return 100 * hits / len(targets)
 
 
 def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> float:
-    """Percent of predictions that equal their target after stripping white space."""
+    """Returns the percentage of predictions that equal their target after stripping white space."""
     _require_texts("exact_match", targets, predictions)
     return accuracy([t.strip() for t in targets], [p.strip() for p in predictions])
 
 
 def invalid_share(labels: Sequence[str], predictions: Sequence[str]) -> float:
-    """Percent of predictions that are not labels."""
+    """Returns the percentage of predictions that are not labels."""
     known = set(labels)
     return 100 * sum(p not in known for p in predictions) / len(predictions)
 
 
 def majority_class(targets: Sequence[str]) -> str:
-    """The most frequent target; of equally frequent ones the alphabetically first."""
+    """Returns the most frequent target; of equally frequent ones the alphabetically first."""
     counts = Counter(targets)
     return min(counts, key=lambda target: (-counts[target], target))
 
 
 def _f1_macro(labels: tuple[str, ...]) -> MetricFn:
-    """Mean of the labels' F1; a label that never occurs counts 0, as in T5's CB metric."""
+    """Returns the mean of the labels' F1.
+
+    A label that never occurs counts 0, as in T5's CB metric.
+    """
 
     def f1_macro(targets: Sequence[Any], predictions: Sequence[Any]) -> float:
         from sklearn.metrics import f1_score
@@ -201,7 +206,10 @@ def _f1_macro(labels: tuple[str, ...]) -> MetricFn:
 
 
 def _f1_binary(labels: tuple[str, ...]) -> MetricFn:
-    """F1 of the second label; an invalid prediction counts as the opposite of its target (T5)."""
+    """Returns the F1 of the second label.
+
+    An invalid prediction counts as the opposite of its target (T5).
+    """
     if len(labels) != 2:
         raise UserError(
             f"metric 'f1_binary' needs exactly two labels (the second is the positive class), but "
@@ -229,7 +237,7 @@ def _invalid(labels: tuple[str, ...]) -> MetricFn:
 
 
 def _word_f1(targets: Sequence[str], predictions: Sequence[str]) -> float:
-    """The mean F1 of the words of target and prediction, normalized as for SQuAD."""
+    """Returns the mean F1 of the words of target and prediction, normalized as for SQuAD."""
     _require_texts("f1", targets, predictions)
     pairs = [(normalized(t), normalized(p)) for t, p in zip(targets, predictions, strict=True)]
     # Texts of only articles and punctuation are equal, but have no words.
@@ -237,7 +245,7 @@ def _word_f1(targets: Sequence[str], predictions: Sequence[str]) -> float:
 
 
 def _correlation(name: str) -> MetricFn:
-    """Pearson's or Spearman's correlation of numbers as text; nan if one side is constant.
+    """Returns Pearson's or Spearman's correlation of numbers as text; nan if one side is constant.
 
     A prediction that is not a number counts as the target value farthest from its target.
     """
@@ -281,7 +289,7 @@ def _finite(text: Any) -> float | None:
 
 
 def _rouge(*kinds: str) -> MetricFn:
-    """The mean F1 of kinds of ROUGE, as in T5's tasks; one number, or several by name."""
+    """Returns the mean F1 of kinds of ROUGE, as in T5's tasks; one number, or several by name."""
 
     def rouge(targets: Sequence[str], predictions: Sequence[str]) -> float | dict[str, float]:
         _require_texts(kinds[0], targets, predictions)
@@ -297,7 +305,10 @@ def _edit_distance(targets: Sequence[str], predictions: Sequence[str]) -> dict[s
 
 
 def _of_texts(name: str, fn: MetricFn) -> MetricFn:
-    """The metric for texts, and targets of several; UserError for tasks with other values."""
+    """Returns the metric for texts, and targets of several.
+
+    Raises UserError for tasks with other values.
+    """
 
     def checked(targets: Sequence[Any], predictions: Sequence[str]) -> Any:
         several = [t if isinstance(t, list) else [t] for t in targets]

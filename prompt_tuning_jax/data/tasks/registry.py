@@ -23,14 +23,14 @@ _registered: dict[str, Task | Mixture] = {}
 
 
 def register(task: Task | Mixture, *, replace: bool = False) -> None:
-    """Register a task or mixture under its name; UserError if the name is taken."""
+    """Registers a task or mixture under its name; UserError if the name is taken."""
     if not replace and task.name in _known():
         raise UserError(f"task {task.name!r} is registered already; choose another name")
     _registered[task.name] = task
 
 
 def task_names() -> tuple[str, ...]:
-    """The names of built-in and registered tasks and mixtures, sorted, without aliases.
+    """Returns the names of built-in and registered tasks and mixtures, sorted, without aliases.
 
     They include SeqIO's once a module that registers some has been imported.
     """
@@ -43,7 +43,7 @@ def alias_names() -> tuple[str, ...]:
 
 
 def get_mixture(name: str) -> Mixture:
-    """Return the mixture of that name, or the task of that name as a mixture of one.
+    """Returns the mixture of that name, or the task of that name as a mixture of one.
 
     Looks among built-in tasks, registered tasks and SeqIO's, in this order.  UserError suggests the
     nearest name for an unknown one.
@@ -66,10 +66,10 @@ def get_mixture(name: str) -> Mixture:
 
 
 def tasks_known_as(name: str) -> tuple[Task, ...]:
-    """The task of this name or alias, or the trained members of the mixture; empty if unknown.
+    """Returns the task of this name or alias, or the trained members of the mixture.
 
-    Imports neither SeqIO nor modules that register tasks: SeqIO's tasks are found only if it is
-    imported already.
+    Returns () for an unknown name.  Imports neither SeqIO nor modules that register tasks: SeqIO's
+    tasks are found only if it is imported already.
     """
     task = _find(name)
     if task is None and name in seqio_names():
@@ -80,7 +80,7 @@ def tasks_known_as(name: str) -> tuple[Task, ...]:
 
 
 def get_task(name: str) -> Task:
-    """Return the one task of that name; UserError for an unknown one and for a mixture."""
+    """Returns the one task of that name; UserError for an unknown one and for a mixture."""
     mixture = get_mixture(name)
     members = (*mixture.tasks, *mixture.evaluated)
     if len(members) > 1 or members[0].name != mixture.name:
@@ -102,7 +102,7 @@ def _aliases() -> Mapping[str, str]:
 
 
 def _find(name: str) -> Task | Mixture | None:
-    """The built-in or registered task of this name, of an alias, or of a model's prefix."""
+    """Returns the built-in or registered task of this name, of an alias, or of a model's prefix."""
     known = _known()
     for prefix in _MODEL_PREFIXES:
         bare = name.removeprefix(prefix)
@@ -118,7 +118,7 @@ def _known() -> dict[str, Task | Mixture]:
 
 
 def seqio_names() -> tuple[str, ...]:
-    """The names of SeqIO's tasks and mixtures, without those that this package registered."""
+    """Returns the names of SeqIO's tasks and mixtures that this package did not register."""
     # SeqIO tasks exist only if SeqIO has been imported, so this never imports TensorFlow itself.
     if "seqio" not in sys.modules:
         return ()

@@ -42,7 +42,7 @@ class RowFile:
     split: str = ""
 
     def rows(self) -> Iterator[LocatedRow]:
-        """Yield the location of each row, and the row.
+        """Yields the location of each row, and the row.
 
         JSON numbers are text, as they are spelled, and nan is null; ``value_text`` converts all
         values to text.
@@ -61,7 +61,7 @@ class RowFile:
         return self._ending() in table_rows.SEPARATORS
 
     def fingerprint(self) -> str:
-        """A string that changes with the bytes, and with how they are read."""
+        """Returns a string that changes with the bytes, and with how they are read."""
         options = (self._ending(), self.header, self.columns, self.separator, self.split)
         digest = hashlib.sha256(repr((_VERSION, options)).encode())
         for path in (
@@ -104,7 +104,7 @@ class RowFile:
 
 
 def is_row_file(path: Path) -> bool:
-    """Whether this is a file or folder of rows, by its suffix, rather than lines of text."""
+    """Returns whether this is a file or folder of rows, not lines of text, by its suffix."""
     file = RowFile(path=path)
     return file._ending() in _READERS or path.is_dir()
 
@@ -117,7 +117,7 @@ def read_rows(
     separator: str = "",
     split: str = "",
 ) -> Iterator[LocatedRow]:
-    """Yield (location, row) of a file; see ``RowFile``."""
+    """Yields (location, row) of a file; see ``RowFile``."""
     file = RowFile(
         path=Path(path), header=header, columns=tuple(columns), separator=separator, split=split
     )
@@ -125,7 +125,9 @@ def read_rows(
 
 
 def value_text(value: object, column: str, where: str = "") -> str:
-    """A value of a row as text; UserError, which begins with ``where``, for an array or an object.
+    """Returns a value of a row as text.
+
+    Raises UserError, which begins with ``where``, for an array or an object.
 
     Booleans become ``True`` and ``False``, and null an empty text.
     """

@@ -93,7 +93,7 @@ def _build_mixture(data: Data) -> Mixture:
 
 
 def is_image_data(data: Data) -> bool:
-    """Whether the examples are images of a user."""
+    """Returns whether the examples are images of a user."""
     return not data.objectives and any(map(is_image_source, (data.train, data.eval)))
 
 
@@ -104,7 +104,7 @@ def labels_of(mixture: Mixture) -> tuple[str, ...]:
 
 
 def trained_tasks(data: Data) -> tuple[str, ...]:
-    """The names of the tasks that are trained on together; empty for a single task."""
+    """Returns the names of the tasks that are trained on together; empty for a single task."""
     if data.train or data.eval or data.objectives or not data.task:
         return ()
     names = tuple(task.name for task in build_mixture(data).tasks)
@@ -112,7 +112,7 @@ def trained_tasks(data: Data) -> tuple[str, ...]:
 
 
 def inputs_template_of(data: Data) -> str:
-    """The template of the inputs; empty if the code of a task words them.
+    """Returns the template of the inputs; empty if the code of a task words them.
 
     For a mixture, the template that all its tasks share.
     """
@@ -125,7 +125,10 @@ def inputs_template_of(data: Data) -> str:
 
 
 def mixture_of(data: Data) -> tuple[TrainedTask, ...]:
-    """The tasks that are trained on together, for a prompt's metadata; empty for a single task."""
+    """Returns the tasks that are trained on together, for a prompt's metadata.
+
+    Returns () for a single task.
+    """
     tasks = () if data.train or data.eval or data.objectives else tasks_known_as(data.task)
     if len(tasks) < 2:
         return ()

@@ -38,7 +38,7 @@ def read_table(
     header: bool = True,
     columns: Sequence[str] = (),
 ) -> _Rows:
-    """Yield (FILE:LINE, row) of a table, without blank lines.
+    """Yields (FILE:LINE, row) of a table, without blank lines.
 
     In a .csv file quotes follow RFC 4180, also after blanks if the whole file is consistent with
     that; in a .tsv file they are text, unless all names in the header are quoted.  ``separator``
@@ -72,7 +72,7 @@ def read_table(
 
 
 def unnamed_text(path: Path, *, ending: str, separator: str = "") -> int:
-    """The number of rows with text in unnamed columns; row numbers do not count."""
+    """Returns the number of rows with text in unnamed columns; row numbers do not count."""
     dialect = _dialect(path, ending, separator)
     rows = (fields for _, fields in _fields(path, dialect))
     names = [name.strip() for name in next(rows, [])]
@@ -91,7 +91,7 @@ def unnamed_text(path: Path, *, ending: str, separator: str = "") -> int:
 def separator_note(
     path: Path, *, ending: str, separator: str = "", columns: Sequence[str] = ()
 ) -> str:
-    """A note on the separator if it is not that of the suffix, or ""."""
+    """Returns a note on the separator if it is not that of the suffix, or ""."""
     if separator:
         return ""
     detected = _dialect(path, ending, separator, columns=len(columns)).separator
@@ -138,7 +138,7 @@ def _check_quotes(fields: Sequence[str], dialect: _Dialect, where: str) -> None:
 
 
 def _dialect(path: Path, ending: str, separator: str, *, columns: int = 0) -> _Dialect:
-    """The dialect, by the file's suffix and first lines."""
+    """Returns the dialect, by the file's suffix and first lines."""
     usual = SEPARATORS[ending]
     separator = _SPELLINGS.get(separator.lower(), separator)
     lines = (line for _, line in text_lines(path) if line.strip())
@@ -165,7 +165,7 @@ def _dialect(path: Path, ending: str, separator: str, *, columns: int = 0) -> _D
 
 
 def _is_consistent(path: Path, dialect: _Dialect) -> bool:
-    """Whether all lines have the same number of fields."""
+    """Returns whether all lines have the same number of fields."""
     try:
         numbers = (len(fields) for _, fields in _fields(path, dialect))
         return len(set(numbers)) <= 1
@@ -174,7 +174,7 @@ def _is_consistent(path: Path, dialect: _Dialect) -> bool:
 
 
 def _fields(path: Path, dialect: _Dialect) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line, fields) of each line that is not blank."""
+    """Yields (line, fields) of each line that is not blank."""
     lines = text_lines(path)
     if dialect.quoting == csv.QUOTE_NONE:
         for number, line in lines:

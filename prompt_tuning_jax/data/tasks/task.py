@@ -50,7 +50,7 @@ class Source:
 
 
 def row_is_example(row: Row) -> Sequence[Example]:
-    """The preprocessor of a source whose rows are examples already."""
+    """Returns the preprocessor of a source whose rows are examples already."""
     return [dict(row)]
 
 
@@ -116,7 +116,7 @@ class Task:
         return self.source.splits
 
     def load(self, split: str, data_dir: str = "") -> Iterator[Example]:
-        """Yield the examples of a split, always in the same order; UserError if there is none."""
+        """Yields the examples of a split, always in the same order; UserError if there is none."""
         self._check_split(split)
         number = 0
         for row in self.source.rows(split, data_dir):
@@ -138,14 +138,14 @@ class Task:
                 number += 1
 
     def fingerprint(self, split: str, data_dir: str = "") -> str:
-        """A string that changes with the examples of the split: their rows, version or code."""
+        """Returns a string that changes with the split's examples: their rows, version or code."""
         self._check_split(split)
         code = self.version or [code_digest(self.source.rows), code_digest(self.preprocess)]
         parts = [self.name, split, self.source.fingerprint(split, data_dir), code]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def score(self, examples: Sequence[Example], predictions: Sequence[str]) -> dict[str, float]:
-        """Score predicted texts, one per example in the same order -> {metric name: value}.
+        """Scores predicted texts, one per example in the same order -> {metric name: value}.
 
         If the task has labels, adds ``invalid``: the percent of predictions that are not labels.
         """
@@ -159,21 +159,21 @@ class Task:
         return scores
 
     def declared_direction(self, metric: str) -> Direction | None:
-        """The direction of a score (max or min) if a metric declares it; otherwise None."""
+        """Returns the direction of a score (max or min) if a metric declares it; otherwise None."""
         for one in self.metrics:
             if (direction := one.declared_direction(metric)) is not None:
                 return direction
         return "min" if metric in (INVALID, LOSS) else None
 
     def is_correct(self, example: Example, prediction: str) -> bool:
-        """Whether a prediction equals its target as the metrics compare them (``matches``)."""
+        """Returns whether a prediction equals its target as the metrics compare them."""
         target = self._compared(example["targets"], example, True)
         return matches(target, self._compared(prediction, example, False))
 
     def majority_scores(
         self, examples: Sequence[Example], train_targets: Sequence[str]
     ) -> dict[str, float]:
-        """The scores of always predicting the training split's most frequent target."""
+        """Returns the scores of always predicting the training split's most frequent target."""
         return self.score(examples, [majority_class(train_targets)] * len(examples))
 
     def _compared(self, text: str, example: Example, is_target: bool) -> Any:
@@ -187,13 +187,13 @@ class Task:
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Equality of two results of a postprocessor, which may be arrays."""
+    """Returns equality of two results of a postprocessor, which may be arrays."""
     equal = a == b
     return bool(equal.all()) if hasattr(equal, "all") else bool(equal)
 
 
 def matches(target: Any, prediction: Any) -> bool:
-    """Equality of a postprocessor's results for a target and a prediction, in T5's forms.
+    """Returns equality of a postprocessor's results for a target and a prediction, in T5's forms.
 
     A mapping of a target may have more keys than that of a prediction, such as ``group``.  A list
     holds all right answers to a question, which are compared as by SQuAD's exact match.
@@ -206,7 +206,10 @@ def matches(target: Any, prediction: Any) -> bool:
 
 
 def with_targets_prefix(task: Task, prefix: str) -> Task:
-    """The task with a text before its targets, labels and choices, which its metrics do not see."""
+    """Returns the task with a text before its targets, labels and choices.
+
+    Its metrics do not see the text.
+    """
 
     def changed(example: Example, change: Callable[[str], str]) -> Example:
         choices = example.get(task.choices_field)
@@ -262,18 +265,21 @@ class Mixture:
                 )
 
     def evaluated_on(self, split: str) -> tuple[Task, ...]:
-        """The tasks with that split; if none has it, the trained ones, which raise the error."""
+        """Returns the tasks with that split.
+
+        If none has it, the trained ones, which raise the error.
+        """
         having = tuple(t for t in (*self.tasks, *self.evaluated) if split in t.splits)
         return having or self.tasks
 
 
 def as_mixture(task: Task) -> Mixture:
-    """A mixture of one."""
+    """Returns a mixture of one."""
     return Mixture(name=task.name, tasks=(task,), rates=(1.0,), description=task.description)
 
 
 def task_index_id(vocabulary_size: int, index: int) -> int:
-    """The token id that stands for task number ``index``: the last id for 0, then downwards.
+    """Returns the token id of task number ``index``: the last id for 0, then downwards.
 
     With T5's vocabulary of 32,100 these are ``<extra_id_0>``, ``<extra_id_1>`` and so on.
     """

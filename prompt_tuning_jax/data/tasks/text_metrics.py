@@ -52,7 +52,7 @@ def bleu(targets: Sequence[Any], predictions: Sequence[str]) -> float:
 
 
 def international_words(text: str) -> list[str]:
-    """The words of mteval-v14's international tokenization, which keeps case.
+    """Returns the words of mteval-v14's international tokenization, which keeps case.
 
     Punctuation is apart unless it is between digits, as in 1.5, or ends the text; symbols always
     are.
@@ -86,7 +86,7 @@ def _ngrams(words: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
 def trivia_qa(
     targets: Sequence[Sequence[str] | str], predictions: Sequence[str]
 ) -> dict[str, float]:
-    """{"em", "f1"} in percent: the best over an entry's answers, normalized as by TriviaQA.
+    """Returns {"em", "f1"} in percent: the best over an entry's answers, normalized as by TriviaQA.
 
     Unlike SQuAD's normalization, punctuation becomes a blank.
     """
@@ -106,7 +106,7 @@ def _answers(answers: Sequence[str] | str) -> list[str]:
 def span_squad(
     targets: Sequence[Mapping[str, Any]], predictions: Sequence[str]
 ) -> dict[str, float]:
-    """SQuAD's scores of predicted spans, ``start: 3 end: 6``, of words of the ``context``.
+    """Returns SQuAD's scores of predicted spans, ``start: 3 end: 6``, of words of the ``context``.
 
     Targets have ``answers`` and ``context``.  A prediction that is not a span counts as empty.
     """
@@ -130,7 +130,7 @@ def _span(context: Sequence[str], answer: Sequence[str]) -> str:
 
 
 def coqa_f1(targets: Sequence[Sequence[str] | str], predictions: Sequence[str]) -> float:
-    """The best F1 of words over an entry's answers, normalized as for SQuAD, in percent.
+    """Returns the best F1 of words over an entry's answers, normalized as for SQuAD, in percent.
 
     Two texts without words are equal.
     """
@@ -143,12 +143,12 @@ def coqa_f1(targets: Sequence[Sequence[str] | str], predictions: Sequence[str]) 
 
 
 def sequence_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> float:
-    """Percent of predictions that equal their targets."""
+    """Returns the percentage of predictions that equal their targets."""
     return float(100 * np.mean([p == t for p, t in zip(predictions, targets, strict=True)]))
 
 
 def edit_distance(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Edit distances between the words of targets and predictions, without case.
+    """Returns edit distances between the words of targets and predictions, without case.
 
     ``min_edit``, ``max_edit``, ``mean_edit``, ``median_edit`` and ``sum_edit``, in words.
     """
@@ -168,7 +168,7 @@ def _split(text: str) -> list[str]:
 
 
 def _distance(one: Iterable[str], other: Sequence[str]) -> int:
-    """Levenshtein's distance of two sequences."""
+    """Returns Levenshtein's distance of two sequences."""
     row = list(range(len(other) + 1))
     for number, word in enumerate(one, start=1):
         diagonal, row[0] = row[0], number
@@ -180,7 +180,7 @@ def _distance(one: Iterable[str], other: Sequence[str]) -> int:
 
 
 def auc(targets: Sequence[float], scores: Sequence[float]) -> dict[str, float]:
-    """The areas under the ROC and the precision-recall curve, from 0 to 1.
+    """Returns the areas under the ROC and the precision-recall curve, from 0 to 1.
 
     ``targets`` are 0 or 1; with one class alone both are nan.
     """

@@ -36,7 +36,10 @@ _OTHER_KINDS = (
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """The file's bytes, decompressed if its suffix is .gz; UserError if it cannot be opened."""
+    """Returns the file's bytes, decompressed if its suffix is .gz.
+
+    Raises UserError if it cannot be opened.
+    """
     require_whole(path)
     opener: Callable[..., Any] = gzip.open if path.name.lower().endswith(".gz") else open
     try:
@@ -49,13 +52,13 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 def chunks(file: IO[bytes], path: Path, *, size: int = 1 << 20) -> Iterator[bytes]:
-    """The rest of an open file, in chunks; UserError if it is damaged."""
+    """Yields the rest of an open file, in chunks; UserError if it is damaged."""
     while chunk := _reading(lambda: file.read(size), path):
         yield chunk
 
 
 def text_lines(path: Path) -> NumberedLines:
-    """Yield the lines of a text file, without a byte order mark.
+    """Yields the lines of a text file, without a byte order mark.
 
     Raises UserError for a file that is missing, damaged, of another kind, or not UTF-8 (or UTF-16
     or UTF-32 with a byte order mark), and for a line over ``MAX_LINE``.
@@ -112,7 +115,7 @@ def _encoding(head: bytes, path: Path) -> str:
 
 
 def _newline(head: bytes, encoding: str) -> str:
-    """The line end: a line feed, or a carriage return in a file without line feeds."""
+    """Returns the line end: a line feed, or a carriage return in a file without line feeds."""
     text = head if encoding == "utf-8" else head.decode(encoding, errors="ignore").encode()
     return "\r" if b"\r" in text and b"\n" not in text else "\n"
 
@@ -137,12 +140,12 @@ _Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
 def read_json_lines(path: Path) -> _Rows:
-    """Yield one object per line; objects over several lines are read, too."""
+    """Yields one object per line; objects over several lines are read, too."""
     return _rows(path, array=False)
 
 
 def read_json_records(path: Path) -> _Rows:
-    """Yield the objects of an array, or of a file that holds one after another."""
+    """Yields the objects of an array, or of a file that holds one after another."""
     return _rows(path, array=True)
 
 
@@ -175,7 +178,7 @@ def _as_object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _is_part_of_a_value(line: str) -> bool:
-    """Whether a value begins on this line and does not end on it."""
+    """Returns whether a value begins on this line and does not end on it."""
     if not line.lstrip().startswith(("{", "[")):
         return False
     try:
@@ -218,7 +221,7 @@ def _whole(path: Path, *, array: bool) -> _Rows:
 
 
 def _skip(text: str, start: int, line: int) -> tuple[int, int]:
-    """The position of the next character that is not white space, and its line."""
+    """Returns the position of the next character that is not white space, and its line."""
     while start < len(text) and text[start].isspace():
         line += text[start] == "\n"
         start += 1

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def register_in_seqio(
     vocabulary: TextVocabulary, *, names: Sequence[str] = ("word_valence",), data_dir: str = ""
 ) -> None:
-    """Register tasks and mixtures of this library in SeqIO under their names, for T5X users.
+    """Registers tasks and mixtures of this library in SeqIO under their names, for T5X users.
 
     The ids equal those of ``tokenize``: SeqIO's vocabulary encodes with the same file, and EOS is
     appended after trimming.  Each example also has the feature ``example_json`` with all its

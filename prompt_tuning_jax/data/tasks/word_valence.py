@@ -63,7 +63,10 @@ _BEFORE = "valence: "
 
 
 def read_lexicon(path: Path) -> dict[str, float]:
-    """Read ``token <tab> mean <tab> std <tab> ratings`` lines -> {word: mean} of the words used."""
+    """Returns {word: mean} of the words used.
+
+    Lines are ``token <tab> mean <tab> std <tab> ratings``.
+    """
     means: dict[str, list[float]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         fields = line.split("\t")

@@ -67,7 +67,7 @@ class Wording:
         return settings, self._parsed.literals, columns if len(self.columns) > 1 else len(columns)
 
     def apply(self, given: Given) -> str:
-        """The model's input for a bare text or the values of columns.
+        """Returns the model's input for a bare text or the values of columns.
 
         UserError for a bare text if there are several columns, for a missing column, and for a
         value that is not text.
@@ -98,7 +98,7 @@ class Wording:
         return self._parsed.render(values)
 
     def length_with(self, given: Given) -> int:
-        """A lower bound of the number of characters of ``apply``."""
+        """Returns a lower bound of the number of characters of ``apply``."""
         if self._parsed is None or self.from_text is not None:
             return 0
         each = {c: given if isinstance(given, str) else given.get(c, "") for c in self.columns}
@@ -114,7 +114,7 @@ AS_IT_IS = Wording()
 
 
 def wording_of(task: str, template: str, *, chat: bool = False) -> Wording:
-    """The wording for a task's name and a template, from the metadata of a prompt.
+    """Returns the wording for a task's name and a template, from the metadata of a prompt.
 
     A known task words texts itself; for others the template is used.  UserError for an invalid
     template.
@@ -128,7 +128,7 @@ def wording_of(task: str, template: str, *, chat: bool = False) -> Wording:
 
 
 def shared_wording(wordings: Mapping[str, Wording]) -> Wording:
-    """The common wording of the members of an ensemble, given by name.
+    """Returns the common wording of the members of an ensemble, given by name.
 
     Members of unknown wording follow the others.  UserError if two differ, because one text cannot
     be worded for both.
@@ -147,7 +147,7 @@ def shared_wording(wordings: Mapping[str, Wording]) -> Wording:
 
 
 def checked_template(template: str) -> str:
-    """The template itself; UserError if it is invalid or too long."""
+    """Returns the template itself; UserError if it is invalid or too long."""
     if len(template) > LONGEST_TEMPLATE:
         raise UserError(
             f"inputs_template has {len(template):,} characters; at most {LONGEST_TEMPLATE:,} are "
@@ -159,7 +159,10 @@ def checked_template(template: str) -> str:
 
 
 def template_of(from_text: Callable[[str], str]) -> str:
-    """``"valence: {text}"`` for a function that adds words around a text; otherwise empty."""
+    """Returns ``"valence: {text}"`` for a function that adds words around a text.
+
+    Otherwise empty.
+    """
     before, mark, after = from_text(_MARK).partition(_MARK)
     if not mark or _MARK in after or from_text("a b") != f"{before}a b{after}":
         return ""
@@ -167,7 +170,7 @@ def template_of(from_text: Callable[[str], str]) -> str:
 
 
 def template_of_column(column: str) -> str:
-    """The template with one column; empty for a name that templates cannot represent."""
+    """Returns the template with one column; empty for a name that templates cannot represent."""
     fits = column and column == column.strip() and not {*"{}"} & {*column}
     return f"{{{column}}}" if fits else ""
 

@@ -44,15 +44,15 @@ class BaseVocabulary(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text alone, without beginning and end of sequence."""
+        """Returns the token ids of a text alone, without beginning and end of sequence."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
-        """``encode`` of each text, but faster."""
+        """Returns ``encode`` of each text, but faster."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text before the first end of sequence; ids beyond the vocabulary are unknown.
+        """Returns the text before the first end of sequence; ids beyond the vocabulary are unknown.
 
         An incomplete character at the end becomes U+FFFD.  Without it, the text of a prefix is a
         prefix of the whole text.
@@ -60,11 +60,14 @@ class BaseVocabulary(ABC):
 
     @abstractmethod
     def pieces(self, token_id: int) -> str:
-        """The piece of an id, with ``▁`` for a blank; ``<unk>`` for ids outside the vocabulary."""
+        """Returns the piece of an id, with ``▁`` for a blank.
+
+        Ids outside the vocabulary give ``<unk>``.
+        """
 
     @abstractmethod
     def sentinel(self, index: int) -> int:
-        """The id of ``<extra_id_{index}>``; UserError if there is none."""
+        """Returns the id of ``<extra_id_{index}>``; UserError if there is none."""
 
     @property
     def input_end(self) -> tuple[int, ...]:
@@ -72,13 +75,13 @@ class BaseVocabulary(ABC):
         return (self.eos_id,) if self.token_ids.inputs_end else ()
 
     def encode_input(self, text: str, *, chat: bool = False) -> list[int]:
-        """Token ids of an input; see ``encode_inputs``."""
+        """Returns the token ids of an input; see ``encode_inputs``."""
         return self.encode_inputs([text], chat=chat)[0]
 
     def encode_inputs(
         self, texts: Sequence[str], *, chat: bool = False, num_threads: int = 1
     ) -> list[list[int]]:
-        """Token ids of inputs, with the special tokens around them.
+        """Returns the token ids of inputs, with the special tokens around them.
 
         ``chat`` makes each text the message of a user, in the vocabulary's chat template.  Raises
         UserError if there is no chat template, for a token that stands for an image, and for a text
@@ -98,22 +101,25 @@ class BaseVocabulary(ABC):
         return [[*self.input_start, *ids, *self.input_end] for ids in encoded]
 
     def encode_target(self, text: str) -> list[int]:
-        """Token ids of a target, which end with the model's end of sequence."""
+        """Returns the token ids of a target, which end with the model's end of sequence."""
         return self.encode_targets([text])[0]
 
     def encode_targets(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
-        """Token ids of targets, which end with the model's end of sequence."""
+        """Returns the token ids of targets, which end with the model's end of sequence."""
         _require_utf8(texts)
         eos = self.token_ids.eos
         return [[*ids, eos] for ids in self.encode_batch(texts, num_threads=num_threads)]
 
     def encode_chat(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
-        """Token ids of each text as the message of a user, up to where the answer begins."""
+        """Returns the token ids of each text as a user's message.
+
+        They end where the answer begins.
+        """
         del texts, num_threads
         raise UserError(f"data.chat is True, but {self!r} has no chat template; set it to False")
 
     def num_kept_at_end(self, *, chat: bool = False, ending: str = "") -> int:
-        """The number of last tokens of an input that truncation keeps.
+        """Returns the number of last tokens of an input that truncation keeps.
 
         These are the end of sequence, and what a chat template has behind the text.  Where inputs
         have no end of sequence, the answer follows the text directly, and the words of the text's
@@ -123,7 +129,7 @@ class BaseVocabulary(ABC):
         return kept if self.input_end else kept + len(self.encode(ending))
 
     def cut_input(self, ids: Sequence[int], length: int, *, kept_at_end: int) -> list[int]:
-        """An input of ``encode_inputs``, cut to at most ``length`` tokens in front of its end."""
+        """Returns an input of ``encode_inputs``, cut in front of its end to ``length`` tokens."""
         if len(ids) <= length:
             return list(ids)
         return [*ids[: length - kept_at_end], *ids[len(ids) - kept_at_end :]]

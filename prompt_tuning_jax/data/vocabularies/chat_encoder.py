@@ -53,7 +53,7 @@ class ChatEncoder:
         return len(self.tail) + len(self._plain.encode([self._after], at_start=False)[0])
 
     def encode(self, messages: Sequence[str]) -> list[list[int]]:
-        """Token ids of the conversation up to the answer, for each message."""
+        """Returns the token ids of the conversation up to the answer, for each message."""
         rows = self._plain.encode([self._text(m) for m in messages], at_start=self._at_start)
         return [[*self.head, *ids, *self.tail] for ids in rows]
 

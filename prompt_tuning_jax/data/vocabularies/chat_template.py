@@ -36,7 +36,7 @@ class ChatFormat:
     strips_end: bool = False
 
     def clean(self, message: str) -> str:
-        """The message as the template inserts it."""
+        """Returns the message as the template inserts it."""
         message = message.lstrip() if self.strips_start else message
         return message.rstrip() if self.strips_end else message
 

@@ -34,7 +34,7 @@ class ClassVocabulary(BaseVocabulary):
         return len(self.labels)
 
     def encode(self, text: str) -> list[int]:
-        """The number of the class with this label; UserError if there is none."""
+        """Returns the number of the class with this label; UserError if there is none."""
         if text not in self._numbers:
             shown = text[:_SHOWN]
             raise UserError(
@@ -48,7 +48,7 @@ class ClassVocabulary(BaseVocabulary):
         return [self.encode(text) for text in texts]
 
     def encode_targets(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
-        """The number of each label's class, without an end."""
+        """Returns the number of each label's class, without an end."""
         return self.encode_batch(texts)
 
     def encode_inputs(

@@ -45,7 +45,7 @@ _MOST_ITEMS = 2**23  # of all arrays together; each string takes some 60 bytes o
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata of a GGUF file of version 2 or 3.
+    """Returns the metadata of a GGUF file of version 2 or 3.
 
     Strings are str, numbers are int, float or bool, arrays of numbers are NumPy arrays, and arrays
     of strings are lists.  Raises UserError, in one line that names the file, for a file that cannot
@@ -72,7 +72,7 @@ class TensorInfo:
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """The metadata of a GGUF file as ``read_metadata`` returns it, and its tensors by name.
+    """Returns the metadata of a GGUF file as ``read_metadata`` returns it, and its tensors by name.
 
     Whether the file is long enough for the tensors depends on their types and is not checked.
     Raises UserError like ``read_metadata``.
@@ -129,7 +129,7 @@ class _Reader:
         return values
 
     def read_tensors(self) -> dict[str, TensorInfo]:
-        """The tensors, which are listed behind the metadata."""
+        """Returns the tensors, which are listed behind the metadata."""
         if self._tensors > _MOST_TENSORS:
             raise self._damaged(f"{self._tensors} tensors")
         infos: dict[str, TensorInfo] = {}

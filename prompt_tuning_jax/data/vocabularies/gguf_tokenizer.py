@@ -58,7 +58,7 @@ PRE_TOKENIZERS: Mapping[str, str] = {
 
 
 def gguf_spec(path: Path) -> TokenizerSpec:
-    """The tokenizer of a GGUF file.
+    """Returns the tokenizer of a GGUF file.
 
     Raises UserError for a file without a tokenizer, for an unknown kind or pre-tokenizer, and for
     lists that do not fit together.
@@ -67,7 +67,7 @@ def gguf_spec(path: Path) -> TokenizerSpec:
 
 
 def spec_of_metadata(metadata: Metadata, path: Path) -> TokenizerSpec:
-    """The tokenizer that the metadata of a GGUF file describes; ``path`` is for errors."""
+    """Returns the tokenizer that the metadata of a GGUF file describes; ``path`` is for errors."""
     kind = metadata.get(f"{_PREFIX}model")
     if kind is None:
         raise UserError(f"{path}: the file has no tokenizer ({_PREFIX}model)")
@@ -106,7 +106,7 @@ def spec_of_metadata(metadata: Metadata, path: Path) -> TokenizerSpec:
 
 
 def token_ids_of(metadata: Metadata, path: Path) -> TokenIds:
-    """The special token ids of a decoder-only model, from the metadata of its GGUF file.
+    """Returns the special token ids of a decoder-only model, from the metadata of its GGUF file.
 
     A generated text also ends at the end of a turn, if the file has such a token.  Raises UserError
     if there is no end of sequence.
@@ -274,7 +274,7 @@ def _flag(metadata: Metadata, name: str, *, default: bool, path: Path) -> bool:
 
 
 def _adds_bos(kind: str, metadata: Metadata) -> bool:
-    """Whether a tokenizer adds the beginning of sequence if its file does not say so."""
+    """Returns whether a tokenizer adds the beginning of sequence if its file does not say so."""
     return kind == "llama" or metadata.get(f"{_PREFIX}pre") in _OF_LLAMA3
 
 

@@ -94,7 +94,7 @@ class HfTokenizer(BaseVocabulary):
                     self._byte_of[token_id] = byte
 
     def _ids(self, given: TokenIds | None) -> tuple[TokenIds, int]:
-        """The model's special ids, and the vocabulary's end of sequence."""
+        """Returns the model's special ids, and the vocabulary's end of sequence."""
         if self.is_t5:
             return given or TokenIds(), _T5_EOS
         eos = self._special_id("eos_token")
@@ -140,11 +140,14 @@ class HfTokenizer(BaseVocabulary):
         return self._size
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text alone, without beginning and end of sequence."""
+        """Returns the token ids of a text alone, without beginning and end of sequence."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
-        """``encode`` of each text, but faster; the library chooses the number of threads."""
+        """Returns ``encode`` of each text, but faster.
+
+        The library chooses the number of threads.
+        """
         del num_threads
         with no_panic(self.path):
             encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -159,7 +162,9 @@ class HfTokenizer(BaseVocabulary):
         return rows
 
     def encode_chat(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
-        """Token ids of each text as the message of a user, up to where the answer begins.
+        """Returns the token ids of each text as a user's message.
+
+        They end where the answer begins.
 
         Special tokens of the template are tokens; written out in a text, they are text.
         """
@@ -167,7 +172,10 @@ class HfTokenizer(BaseVocabulary):
         return self._chat.encode(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text before the first end of sequence; ids beyond the vocabulary are unknown."""
+        """Returns the text before the first end of sequence.
+
+        Ids beyond the vocabulary are unknown.
+        """
         kept = up_to(ids, self.token_ids.all_eos)
         if self.is_t5:
             kept = [i if 0 <= i < self._size else _UNKNOWN for i in kept if i not in (0, _T5_EOS)]
@@ -179,7 +187,7 @@ class HfTokenizer(BaseVocabulary):
         return str(text) + "\ufffd" * (incomplete > 0)
 
     def _incomplete(self, ids: Sequence[int]) -> int:
-        """The number of last ids that are the first bytes of a character.
+        """Returns the number of last ids that are the first bytes of a character.
 
         The library would replace all bytes beside an incomplete character as well.
         """
@@ -193,7 +201,10 @@ class HfTokenizer(BaseVocabulary):
         return 0
 
     def pieces(self, token_id: int) -> str:
-        """The piece of an id, with ``▁`` for a blank; ``<unk>`` for ids outside the vocabulary."""
+        """Returns the piece of an id, with ``▁`` for a blank.
+
+        Ids outside the vocabulary give ``<unk>``.
+        """
         token_id = int(token_id)
         piece = self._tokenizer.id_to_token(token_id) if 0 <= token_id < self.size else None
         if piece is None:
@@ -203,7 +214,7 @@ class HfTokenizer(BaseVocabulary):
         return str(piece).replace(" ", "▁")
 
     def sentinel(self, index: int) -> int:
-        """The id of ``<extra_id_{index}>``; UserError if there is none."""
+        """Returns the id of ``<extra_id_{index}>``; UserError if there is none."""
         for piece in (f"<extra_id_{index}>", f"▁<extra_id_{index}>"):
             token_id = self._tokenizer.token_to_id(piece)
             if token_id is not None:
@@ -211,7 +222,7 @@ class HfTokenizer(BaseVocabulary):
         raise UserError(f"{self.path}: the vocabulary has no sentinel <extra_id_{index}>")
 
     def as_json(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The contents of ``tokenizer.json`` and ``tokenizer_config.json`` of this tokenizer."""
+        """Returns the contents of ``tokenizer.json`` and ``tokenizer_config.json``."""
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special}
         if self._chat_template:
             config["chat_template"] = self._chat_template
@@ -271,7 +282,7 @@ _COMPUTED = ("_tokenizer", "_plain", "_chat")
 
 
 def _text_of_bytes(piece: str) -> str:
-    """The text of a byte-level piece; bytes that are no text are written ``<0xC3>``."""
+    """Returns the text of a byte-level piece; bytes that are no text are written ``<0xC3>``."""
     bytes_of = _bytes_of_characters()
     if not all(character in bytes_of for character in piece):
         return piece
@@ -281,7 +292,10 @@ def _text_of_bytes(piece: str) -> str:
 
 @lru_cache(maxsize=1)
 def _bytes_of_characters() -> dict[str, int]:
-    """GPT-2's characters for bytes: printable ones are themselves, others follow from U+0100."""
+    """Returns GPT-2's characters for bytes.
+
+    Printable ones are themselves, and others follow from U+0100.
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {

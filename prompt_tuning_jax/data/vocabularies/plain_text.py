@@ -29,7 +29,10 @@ class PlainEncoder:
             _never_prefix(self._behind.pre_tokenizer)
 
     def encode(self, texts: Sequence[str], *, at_start: bool) -> list[list[int]]:
-        """Token ids of each text; ``at_start`` is False for what follows a special token."""
+        """Returns the token ids of each text.
+
+        ``at_start`` is False for what follows a special token.
+        """
         tokenizer = self._at_start if at_start else self._behind
         with no_panic(self._path):
             encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -29,7 +29,7 @@ _USER_DEFINED = 4
 
 
 def sentencepiece_spec(path: Path) -> TokenizerSpec:
-    """The tokenizer of a SentencePiece model of type BPE, with what the files beside it say.
+    """Returns the tokenizer of a SentencePiece model of type BPE, and of the files beside it.
 
     An input starts with the beginning of sequence unless ``tokenizer_config.json`` says otherwise,
     as in transformers' ``LlamaTokenizer``.  Raises UserError for a damaged file, and for a model
@@ -53,7 +53,7 @@ def sentencepiece_spec(path: Path) -> TokenizerSpec:
 
 
 def _metadata(path: Path) -> Metadata:
-    """The model as the metadata of a GGUF file would describe it."""
+    """Returns the model as the metadata of a GGUF file would describe it."""
     model = _read(path)
     if model.trainer_spec.model_type != _BPE:
         kind = "unigram" if model.trainer_spec.model_type == _UNIGRAM else "another type"

@@ -73,7 +73,7 @@ class AddedTokens:
 
 
 def read_added_tokens(folder: Path, *, without: Container[str] = _SPECIAL) -> AddedTokens:
-    """The tokens that the tokenizer's files in ``folder`` add; UserError for invalid files.
+    """Returns the tokens that the tokenizer's files in ``folder`` add; UserError for invalid files.
 
     ``without`` are texts that are left out: those that T5's vocabularies have anyway.
     As in transformers, ``added_tokens_decoder`` of tokenizer_config.json replaces
@@ -127,11 +127,11 @@ class Splitter:
         self._pattern = re.compile("|".join(map(re.escape, longest_first)))
 
     def finds_any(self, text: str) -> bool:
-        """Whether the text contains one of the tokens."""
+        """Returns whether the text contains one of the tokens."""
         return self._pattern.search(text) is not None
 
     def split(self, text: str) -> Iterator[tuple[str, bool]]:
-        """The parts of a text, in order, and whether each is an added token."""
+        """Yields the parts of a text, in order, and whether each is an added token."""
         parts: list[str] = []
         at = 0
         for match in self._pattern.finditer(text):
@@ -207,7 +207,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def vocabulary_file(folder: Path) -> Path | None:
-    """The file in a model's folder that defines its vocabulary, or None.
+    """Returns the file in a model's folder that defines its vocabulary, or None.
 
     In this order: the ``tokenizer_config.json`` of a ByT5, which has no other file; a SentencePiece
     model of T5's; ``tokenizer.json``; Llama's ``tokenizer.model``; ``vocab.json`` with
@@ -281,12 +281,12 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def up_to(ids: Iterable[int], ends: Container[int]) -> list[int]:
-    """The ids before the first end of sequence."""
+    """Returns the ids before the first end of sequence."""
     return list(itertools.takewhile(lambda i: i not in ends, map(int, ids)))
 
 
 def ids_suffix(token_ids: TokenIds) -> str:
-    """The part of a vocabulary's fingerprint for the model's token ids; empty for T5's."""
+    """Returns the part of a vocabulary's fingerprint for the model's token ids; empty for T5's."""
     if token_ids == TokenIds():
         return ""
     suffix = "-".join(map(str, ("", token_ids.pad, *token_ids.all_eos, token_ids.start)))
@@ -294,7 +294,10 @@ def ids_suffix(token_ids: TokenIds) -> str:
 
 
 def byte_extra_ids(path: Path) -> int | None:
-    """The number of ids above the bytes in a ByT5's configuration; None if not specified."""
+    """Returns the number of ids above the bytes in a ByT5's configuration.
+
+    Returns None if not specified.
+    """
     if not _is_of_bytes(path):
         raise UserError(
             f"{path}: no vocabulary; use {TOKENIZER}, a SentencePiece .model, or the "

@@ -28,7 +28,10 @@ _PROBES = (
 
 
 def parse_tokenizer(text: str, *, path: Path) -> Any:
-    """The ``tokenizers.Tokenizer`` in the text of a tokenizer.json; UserError for a damaged one."""
+    """Returns the ``tokenizers.Tokenizer`` in the text of a tokenizer.json.
+
+    Raises UserError for a damaged one.
+    """
     library = import_tokenizers(path)
     with no_panic(path), quiet_errors():
         tokenizer = library.Tokenizer.from_str(text)
@@ -40,13 +43,13 @@ def parse_tokenizer(text: str, *, path: Path) -> Any:
 
 
 def tokenizer_as_json(tokenizer: Any, *, path: Path) -> dict[str, Any]:
-    """The content of a tokenizer.json."""
+    """Returns the content of a tokenizer.json."""
     content: dict[str, Any] = read_json(tokenizer.to_str(), of=str(path), max_bytes=_LARGEST)
     return content
 
 
 def json_spec(path: Path, *, max_size: int | None) -> TokenizerSpec:
-    """The tokenizer of a tokenizer.json, with what the files beside it say.
+    """Returns the tokenizer of a tokenizer.json, with what the files beside it say.
 
     Added tokens with an id of ``max_size`` or more are left out.
     """
@@ -62,7 +65,7 @@ def json_spec(path: Path, *, max_size: int | None) -> TokenizerSpec:
 
 
 def bpe_spec(path: Path) -> TokenizerSpec:
-    """GPT-2's byte-level BPE in ``vocab.json`` and the ``merges.txt`` beside it."""
+    """Returns GPT-2's byte-level BPE in ``vocab.json`` and the ``merges.txt`` beside it."""
     vocab = read_json(_read(path), of=str(path), max_bytes=_LARGEST)
     if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
         raise UserError(f"{path}: a vocabulary is an object of ids by token")

@@ -36,7 +36,7 @@ class TokenizerSpec:
 
 
 def import_tokenizers(path: Path) -> Any:
-    """The tokenizers library; UserError if it is not installed."""
+    """Returns the tokenizers library; UserError if it is not installed."""
     try:
         import tokenizers
     except ImportError:

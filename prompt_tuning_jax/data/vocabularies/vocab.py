@@ -104,7 +104,7 @@ class Vocabulary(BaseVocabulary):
         return self._size
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without end of sequence."""
+        """Returns the token ids of a text, without end of sequence."""
         if self._splitter is None or not self._splitter.finds_any(text):
             return list(self._processor.encode(text))
         ids: list[int] = []
@@ -118,7 +118,7 @@ class Vocabulary(BaseVocabulary):
         return ids
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
-        """``encode`` of each text, but faster."""
+        """Returns ``encode`` of each text, but faster."""
         splitter = self._splitter
         if splitter is None:
             return list(self._processor.encode(list(texts), num_threads=num_threads))
@@ -129,7 +129,10 @@ class Vocabulary(BaseVocabulary):
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text before the first end of sequence; ids beyond the vocabulary are unknown."""
+        """Returns the text before the first end of sequence.
+
+        Ids beyond the vocabulary are unknown.
+        """
         kept = [i for i in up_to(ids, self.token_ids.all_eos) if i not in self._special]
         if not self._token_of:
             return self._decode_pieces(kept)
@@ -143,7 +146,10 @@ class Vocabulary(BaseVocabulary):
         return " ".join(parts)
 
     def pieces(self, token_id: int) -> str:
-        """The piece of an id, with ``▁`` for a blank; ``<unk>`` for ids outside the vocabulary."""
+        """Returns the piece of an id, with ``▁`` for a blank.
+
+        Ids outside the vocabulary give ``<unk>``.
+        """
         token_id = int(token_id)
         if token_id in self._token_of:
             return self._token_of[token_id]
@@ -151,7 +157,7 @@ class Vocabulary(BaseVocabulary):
         return str(self._processor.id_to_piece(token_id if known else UNK_ID))
 
     def sentinel(self, index: int) -> int:
-        """The id of ``<extra_id_{index}>``; UserError if there is none."""
+        """Returns the id of ``<extra_id_{index}>``; UserError if there is none."""
         listed = self._id_of.get(_sentinel_piece(index).removeprefix("▁"))
         if listed is not None:
             return listed
@@ -216,21 +222,24 @@ class ByteVocabulary(BaseVocabulary):
         return _BYTE_OFFSET + 256 + self.extra_ids
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without end of sequence."""
+        """Returns the token ids of a text, without end of sequence."""
         return [byte + _BYTE_OFFSET for byte in text.encode("utf-8")]
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
-        """``encode`` of each text."""
+        """Returns ``encode`` of each text."""
         del num_threads
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text up to the first end of sequence."""
+        """Returns the text up to the first end of sequence."""
         bytes_ = (i - _BYTE_OFFSET for i in up_to(ids, self.token_ids.all_eos))
         return bytes(b for b in bytes_ if 0 <= b < 256).decode("utf-8", errors="ignore")
 
     def pieces(self, token_id: int) -> str:
-        """A name for an id: an ASCII character, ``<0xC3>`` for other bytes, ``<unk>`` beyond."""
+        """Returns a name for an id.
+
+        It is an ASCII character, ``<0xC3>`` for other bytes, and ``<unk>`` beyond.
+        """
         byte = int(token_id) - _BYTE_OFFSET
         if byte < 0:
             return {PAD_ID: "<pad>", EOS_ID: "</s>"}.get(byte + _BYTE_OFFSET, "<unk>")
@@ -239,7 +248,7 @@ class ByteVocabulary(BaseVocabulary):
         return chr(byte) if 32 < byte < 127 else f"<0x{byte:02X}>"
 
     def sentinel(self, index: int) -> int:
-        """The id of sentinel ``index`` (0 to 99) in ByT5's pre-training."""
+        """Returns the id of sentinel ``index`` (0 to 99) in ByT5's pre-training."""
         if not 0 <= index < DEFAULT_SENTINELS:
             raise UserError(f"ByT5 has sentinels 0 to {DEFAULT_SENTINELS - 1}, not {index}")
         return _BYTE_OFFSET + 255 - index
@@ -259,7 +268,7 @@ def load_vocabulary(
     token_ids: TokenIds | None = None,
     max_size: int | None = None,
 ) -> TextVocabulary:
-    """The vocabulary at ``path``: a file, a folder with one, or ``bytes`` for ByT5's.
+    """Returns the vocabulary at ``path``: a file, a folder with one, or ``bytes`` for ByT5's.
 
     A file with the suffix .gguf is a model with its tokenizer.  A file with the suffix .json is a
     ``tokenizer.json`` or the ``tokenizer_config.json`` of a ByT5; ``tokenizer.model`` is Llama's
@@ -294,7 +303,7 @@ def load_vocabulary(
 
 
 def require_t5(vocabulary: TextVocabulary) -> None:
-    """UserError unless padding, end and unknown have the ids that T5 needs."""
+    """Raises UserError unless padding, end and unknown have the ids that T5 needs."""
     if isinstance(vocabulary, HfTokenizer) and not vocabulary.is_t5:
         first = [vocabulary.pieces(i) for i in range(len(T5_SPECIAL))]
         raise UserError(
@@ -347,7 +356,7 @@ def _sentinel_piece(index: int) -> str:
 
 
 def _serialize_piece(piece: str) -> bytes:
-    """``ModelProto(pieces=[SentencePiece(piece=piece, type=USER_DEFINED)])`` in wire format.
+    """Returns a ``ModelProto`` with one ``USER_DEFINED`` piece in wire format.
 
     Written by hand, because the generated module would require a version of protobuf.
     """
@@ -358,7 +367,7 @@ def _serialize_piece(piece: str) -> bytes:
 
 
 def _fields(message: bytes) -> set[int]:
-    """The field numbers of a serialized message whose fields are all messages."""
+    """Returns the field numbers of a serialized message whose fields are all messages."""
     fields = set()
     position = 0
     while position < len(message):

@@ -373,7 +373,7 @@ class CausalLM(Model):
 
 
 def _separable(source: ModelInput, layer_prompts: Sequence[LayerPrompt | None] | None) -> bool:
-    """Whether the prompt's keys and values do not depend on the row behind it."""
+    """Returns whether the prompt's keys and values do not depend on the row behind it."""
     assert source.prompt_BPD is not None
     longest = max((p.vectors_BPD.shape[1] for p in layer_prompts or () if p), default=0)
     return source.attention_mask_BUU is None and longest <= source.prompt_BPD.shape[1]

@@ -60,7 +60,7 @@ def _ramp(width: int, theta: float, scaling: RopeScaling) -> HostArray:
     """Returns how far each of the ``width / 2`` frequencies is stretched, from 0 to 1."""
 
     def index(turns: float) -> float:
-        """The index of the frequency that turns so often within the original context."""
+        """Returns the index of the frequency that turns so often within the original context."""
         longest = scaling.original_max_positions / (turns * 2 * math.pi)
         return width * math.log(longest) / (2 * math.log(theta))
 

@@ -239,7 +239,7 @@ class Stack(nnx.Module):
             )
 
     def layer(self, i: int) -> Layer:
-        """Layer ``i``, from 0."""
+        """Returns layer ``i``, from 0."""
         layer: Layer = getattr(self, f"layers_{i}")
         return layer
 

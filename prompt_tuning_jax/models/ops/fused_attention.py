@@ -89,7 +89,10 @@ def fused_attention(
 
 
 def has_strided_rolls() -> bool:
-    """Whether the traced function's chips can roll each row by another number: v4 cannot."""
+    """Returns whether the traced function's chips can roll each row by another number.
+
+    TPU v4 cannot.
+    """
     partitioner = traced_partitioner()
     device = jax.devices()[0] if partitioner is None else partitioner.mesh.devices.flat[0]
     return "v4" not in device.device_kind

@@ -26,7 +26,7 @@ _LARGEST_BLOCK, _LARGEST_TILE = 256, 256
 
 
 def fits(queries: int, keys: int, *, width: int, dtype: DType, maps: bool) -> bool:
-    """Whether the kernel is for so many positions; see ``most_keys``."""
+    """Returns whether the kernel is for so many positions; see ``most_keys``."""
     most = most_keys(width=width, dtype=dtype, maps=maps)
     return queries >= FEWEST_QUERIES and max(queries, keys) <= most
 

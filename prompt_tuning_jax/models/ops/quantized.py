@@ -45,7 +45,7 @@ class _Blocks:
     minimum: Array | None
 
     def per_channel(self, inputs: int) -> bool:
-        """Whether a scale belongs to an output, and is applied to the product (int8).
+        """Returns whether a scale belongs to an output, and is applied to the product (int8).
 
         The kernel's integers are then exact in bfloat16.
         """

@@ -134,7 +134,7 @@ class Decoder(nnx.Module):
             self.logits_dense = make_head(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def layer(self, i: int) -> DecoderLayer:
-        """Layer ``i``, from 0."""
+        """Returns layer ``i``, from 0."""
         return getattr(self, f"layers_{i}")
 
     def cross_keys_values(self, encoded_BUD: Array) -> tuple[KeyValues, ...]:

@@ -112,7 +112,7 @@ class Encoder(nnx.Module):
         self.dropout_rate = dropout_rate
 
     def layer(self, i: int) -> EncoderLayer:
-        """Layer ``i``, from 0."""
+        """Returns layer ``i``, from 0."""
         return getattr(self, f"layers_{i}")
 
     def __call__(

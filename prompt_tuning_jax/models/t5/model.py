@@ -338,7 +338,7 @@ class T5(Model):
 
 
 def _separable(source: ModelInput, injections: Injections) -> bool:
-    """Whether the prompt's keys and values do not depend on the row behind it."""
+    """Returns whether the prompt's keys and values do not depend on the row behind it."""
     free = not injections.layer_prompts and not injections.prefixes.get("encoder")
     return source.prompt_mask_PP is not None and source.attention_mask_BUU is None and free
 

@@ -52,7 +52,7 @@ def compared(*, length: int, init: str) -> dict[str, Compared]:
         return Compared(method=method, optimizer=ADAFACTOR, rates=rates)
 
     def two_rates(method: MethodConfig) -> Compared:
-        """A prompt and other arrays, which by default have a lower learning rate."""
+        """Returns a prompt and other arrays, which by default have a lower learning rate."""
         optimizer = dataclasses.replace(ADAFACTOR, rates=method.default_optimizer["rates"])
         method = dataclasses.replace(method, **start)
         return Compared(method=method, optimizer=optimizer, rates=prompts)

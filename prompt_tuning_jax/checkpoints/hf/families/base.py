@@ -28,18 +28,18 @@ class Family:
 
 
 def head_width(fields: Mapping[str, Any]) -> int:
-    """The width of a head where the heads together are as wide as the model."""
+    """Returns the width of a head where the heads together are as wide as the model."""
     width: int = max(1, fields["embed_dim"] // fields["num_heads"])
     return width
 
 
 def all_heads(fields: Mapping[str, Any]) -> int:
-    """As many heads of keys and values as heads."""
+    """Returns as many heads of keys and values as heads."""
     heads: int = fields["num_heads"]
     return heads
 
 
 def root_of_width(fields: Mapping[str, Any]) -> float:
-    """The usual factor on the scores."""
+    """Returns the usual factor on the scores."""
     factor: float = fields["head_dim"] ** -0.5
     return factor

@@ -41,7 +41,10 @@ def describe_vit(c: ConfigFields) -> None:
 
 
 def tensor_shapes(config: ViTConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Each parameter's tensor, by our name: their name and shape, with kernels ``[out, in]``."""
+    """Returns the name and shape of each parameter's tensor, by our name.
+
+    Kernels are ``[out, in]``.
+    """
     d, f = config.embed_dim, config.mlp_dim
     channels, patch = config.num_channels, config.patch_size
     prefix = PREFIX if config.labels else ""

@@ -30,7 +30,10 @@ def labeled_task(
     labels: tuple[str, ...],
     **changes: Any,
 ) -> T5Task:
-    """A task with named fields and labels; ``versions`` are those of its name and of TFDS."""
+    """Returns a task with named fields and labels.
+
+    ``versions`` are those of its name and of TFDS.
+    """
     of_name, of_tfds = versions
     task = T5Task(
         name=f"{benchmark}_{short}_{of_name}",

@@ -19,13 +19,16 @@ _ROUGE_KEYS = ("rouge1", "rouge2", "rougeLsum")
 
 
 def accuracy(targets: Sequence[Any], predictions: Sequence[Any]) -> float:
-    """Percent of predictions that equal their targets."""
+    """Returns the percentage of predictions that equal their targets."""
     hits = sum(bool(t == p) for t, p in zip(targets, predictions, strict=True))
     return 100 * (hits / len(targets))
 
 
 def f1_with_invalid(targets: Sequence[int], predictions: Sequence[int]) -> float:
-    """F1 of class 1; a prediction that is neither 0 nor 1 counts as the opposite of its target."""
+    """Returns the F1 of class 1.
+
+    A prediction that is neither 0 nor 1 counts as the opposite of its target.
+    """
     from sklearn.metrics import f1_score
 
     counted = [p if p in (0, 1) else 1 - t for t, p in zip(targets, predictions, strict=True)]
@@ -33,7 +36,7 @@ def f1_with_invalid(targets: Sequence[int], predictions: Sequence[int]) -> float
 
 
 def mean_multiclass_f1(num_classes: int) -> Metric:
-    """The mean F1 over the classes; 0 for a class that does not occur."""
+    """Returns the mean F1 over the classes; 0 for a class that does not occur."""
     return Metric(
         name=f"mean_{num_classes}class_f1", fn=partial(_mean_f1, classes=range(num_classes))
     )
@@ -50,7 +53,7 @@ def _mean_f1(targets: Sequence[int], predictions: Sequence[int], *, classes: ran
 
 
 def matthews(targets: Sequence[int], predictions: Sequence[int]) -> float:
-    """Matthews' correlation; invalid predictions form a separate class."""
+    """Returns Matthews' correlation; invalid predictions form a separate class."""
     from sklearn.metrics import matthews_corrcoef
 
     return 100 * float(matthews_corrcoef(targets, predictions))
@@ -59,14 +62,17 @@ def matthews(targets: Sequence[int], predictions: Sequence[int]) -> float:
 def multirc_f1(
     targets: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]
 ) -> float:
-    """F1 over all answers to all questions (F1a)."""
+    """Returns F1 over all answers to all questions (F1a)."""
     return f1_with_invalid([t["value"] for t in targets], [p["value"] for p in predictions])
 
 
 def multirc_exact_match(
     targets: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]
 ) -> float:
-    """Percent of questions (groups of the targets) whose answers are all judged correctly."""
+    """Returns the percentage of questions whose answers are all judged correctly.
+
+    Questions are the groups of the targets.
+    """
     hits: dict[Any, list[bool]] = defaultdict(list)
     for target, prediction in zip(targets, predictions, strict=True):
         hits[target["group"]].append(target["value"] == prediction["value"])
@@ -76,7 +82,7 @@ def multirc_exact_match(
 def record(
     targets: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]
 ) -> dict[str, float]:
-    """SQuAD's scores, for the first prediction of each gap (group of the targets)."""
+    """Returns SQuAD's scores, for the first prediction of each gap (group of the targets)."""
     first: dict[Any, tuple[Any, Any]] = {}
     for target, prediction in zip(targets, predictions, strict=True):
         first.setdefault(target["group"], (target["value"], prediction["value"]))
@@ -84,7 +90,7 @@ def record(
 
 
 def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """The mean F1 of ROUGE-1, ROUGE-2 and ROUGE-Lsum; " . " ends a sentence.
+    """Returns the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-Lsum; " . " ends a sentence.
 
     The original returns medians of 1,000 unseeded random draws from the same values, which differ
     between runs by some hundredths around this mean.
@@ -118,7 +124,7 @@ SUPER_GLUE_METRICS: Mapping[str, tuple[str, ...]] = {
 
 
 def super_glue_task_score(task: str, scores: Mapping[str, float]) -> float:
-    """A task's contribution to the SuperGLUE score: the mean of its metrics.
+    """Returns a task's contribution to the SuperGLUE score: the mean of its metrics.
 
     Args:
       task: one of ``SUPER_GLUE_METRICS``; UserError otherwise.
@@ -133,7 +139,7 @@ def super_glue_task_score(task: str, scores: Mapping[str, float]) -> float:
 
 
 def super_glue_score(scores: Mapping[str, Mapping[str, float]]) -> float:
-    """The leaderboard's score: the mean of ``super_glue_task_score`` over the eight tasks.
+    """Returns the leaderboard's score: the mean of ``super_glue_task_score`` over the eight tasks.
 
     Args: scores: {task: {metric: percent}}; the diagnostics axb and axg are ignored.  UserError
     lists the missing tasks.

@@ -228,7 +228,7 @@ def official_splits(dataset: str) -> tuple[str, ...]:
 
 
 def official_rows(dataset: str, split: str, data_dir: str) -> Iterator[Row]:
-    """Yield the rows of a split in the order of its file.
+    """Yields the rows of a split in the order of its file.
 
     Args:
       dataset: TFDS's name without version: ``super_glue/rte``, ``squad/v1.1``, ``xsum``.
@@ -267,7 +267,7 @@ def official_note(dataset: str, split: str, data_dir: str) -> str:
 
 
 def has_official_files(dataset: str, split: str, data_dir: str) -> bool:
-    """Whether the files of a split exist."""
+    """Returns whether the files of a split exist."""
     return _find(dataset, split, data_dir) is not None
 
 

@@ -74,7 +74,7 @@ _TABLES: Mapping[str, _Table] = {
 
 
 def glue_rows(config: str, path: Path, *, split: str) -> Iterator[Row]:
-    """Yield the rows of a tsv file in its order; UserError names file and line.
+    """Yields the rows of a tsv file in its order; UserError names file and line.
 
     As in TFDS, rows that lack a required field are left out, and the log gives their number.
     """
@@ -108,7 +108,10 @@ def glue_rows(config: str, path: Path, *, split: str) -> Iterator[Row]:
 
 
 def mrpc_rows(train: Path, dev_ids: Path, *, split: str) -> Iterator[Row]:
-    """MRPC's training and validation rows from Microsoft's training file and GLUE's ``dev_ids``."""
+    """Yields MRPC's training and validation rows.
+
+    They come from Microsoft's training file and GLUE's ``dev_ids``.
+    """
     dev = {tuple(fields[:2]) for _, fields in table_rows(dev_ids)}
     ids: dict[int, tuple[str, ...]] = {}
     header: list[str] = []
@@ -176,7 +179,7 @@ LABELS: Mapping[str, tuple[str, ...]] = {
 
 
 def super_glue_rows(config: str, path: Path, *, labeled: bool) -> Iterator[Row]:
-    """Yield the rows of a file in its order; ``config`` is TFDS's (``rte``, ``wsc.fixed``).
+    """Yields the rows of a file in its order; ``config`` is TFDS's (``rte``, ``wsc.fixed``).
 
     With ``labeled`` (training and validation files), a row without a label is an error, as in
     TFDS; otherwise its label is -1.  UserError names file and line.

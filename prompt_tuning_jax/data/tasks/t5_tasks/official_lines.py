@@ -23,7 +23,7 @@ _INTEGER = re.compile(r"-?\d{1,18}")
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number, line without its end); UserError if the file is not UTF-8."""
+    """Yields (line number, line without its end); UserError if the file is not UTF-8."""
     number = 0
     with _open(path) as file:
         while line := _readline(file, path):
@@ -39,7 +39,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object); blank lines are skipped."""
+    """Yields (line number, object); blank lines are skipped."""
     for number, line in text_lines(path):
         if not line.strip():
             continue
@@ -69,7 +69,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def table_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, fields) of a tab-separated file, including its header.
+    """Yields (line number, fields) of a tab-separated file, including its header.
 
     Every tab is a separator, and quotes are text.  Blank lines are skipped.
     """

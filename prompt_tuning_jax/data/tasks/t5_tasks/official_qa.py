@@ -20,7 +20,10 @@ from prompt_tuning_jax.errors import UserError, suggest
 
 
 def squad_rows(path: Path) -> Iterator[Row]:
-    """Yield ``id, title, context, question, answers: {text, answer_start}`` of a SQuAD 1.1 file."""
+    """Yields the rows of a SQuAD 1.1 file.
+
+    Fields are ``id, title, context, question, answers: {text, answer_start}``.
+    """
     rows: dict[str, dict[str, Any]] = {}
     for a, article in enumerate(field(json_file(path), "data", list, str(path))):
         for p, paragraph in enumerate(field(article, "paragraphs", list, f"{path}: article {a}")):
@@ -48,7 +51,7 @@ def squad_rows(path: Path) -> Iterator[Row]:
 
 
 def mrqa_rows(path: Path) -> Iterator[Row]:
-    """Yield ``subset, context, qid, question, answers`` of an MRQA file, after its header line."""
+    """Yields ``subset, context, qid, question, answers`` of an MRQA file, after its header line."""
     subset = ""
     for number, raw in json_lines(path):
         where = f"{path}:{number}"
@@ -72,7 +75,7 @@ def mrqa_rows(path: Path) -> Iterator[Row]:
 
 
 def dpr_rows(path: Path) -> Iterator[Row]:
-    """Yield ``sentence, pronoun, candidates, label``: four lines each, with blank ones between."""
+    """Yields ``sentence, pronoun, candidates, label``: four lines each, with blank ones between."""
     lines = [(number, line.strip()) for number, line in text_lines(path) if line.strip()]
     for at in range(0, len(lines), 4):
         group = [text for _, text in lines[at : at + 4]]
@@ -94,7 +97,7 @@ def dpr_rows(path: Path) -> Iterator[Row]:
 
 
 def summary_rows(path: Path, fields: Mapping[str, bool]) -> Iterator[Row]:
-    """Yield the named texts of jsonl objects, as written by Hugging Face's datasets.
+    """Yields the named texts of jsonl objects, as written by Hugging Face's datasets.
 
     ``fields`` maps each name to whether it is required; optional ones default to empty.
     """

@@ -79,7 +79,7 @@ def wsc_referent(text: str, example: Example, is_target: bool) -> int:
 
 
 def without_sentinel(text: str) -> str:
-    """Remove a leading ``<extra_id_0>`` and the blanks at the start.
+    """Removes a leading ``<extra_id_0>`` and the blanks at the start.
 
     Models without LM adaptation begin their answers with it.
     """
@@ -97,7 +97,7 @@ DUPLICATE_TO_EQUIVALENT: Mapping[str, str] = {"duplicate": "equivalent"}
 
 
 def translate(text: str, words: Mapping[str, str]) -> str:
-    """Replace each word wherever it occurs, also within other words, in the order of ``words``.
+    """Replaces each word wherever it occurs, also within other words, in the order of ``words``.
 
     >>> translate("not_duplicate", DUPLICATE_TO_EQUIVALENT)
     'not_equivalent'

@@ -72,7 +72,7 @@ def label_name(row: Row, *, labels: Sequence[str]) -> str:
 
 
 def has_label(example: Example) -> bool:
-    """Whether an example can be scored: test splits have no labels."""
+    """Returns whether an example can be scored: test splits have no labels."""
     if example.get("label") == _NO_LABEL:  # WSC, whose target is the referent even without a label
         return False
     return example["targets"] not in (UNLABELED, f"{_NO_LABEL:.1f}")
@@ -195,7 +195,7 @@ def wsc_simple_positives(row: Row) -> list[Example]:
 
 
 def wsc_marked(row: Row, *, labels: Sequence[str]) -> list[Example]:
-    """WSC as a classification of two marked spans, "* span1 * ... # span2 #".
+    """Returns WSC as a classification of two marked spans, "* span1 * ... # span2 #".
 
     A span that is not at its index, in words with one white space after each, stays unmarked.
     """
@@ -283,7 +283,7 @@ def collapsed(text: str) -> str:
 
 
 def with_task_word(row: Row, *, preprocess: Preprocess, task_word: str) -> list[Example]:
-    """The examples of another preprocessor with a word before their inputs."""
+    """Returns the examples of another preprocessor with a word before their inputs."""
     return [{**e, "inputs": f"{task_word} {e['inputs']}"} for e in preprocess(row)]
 
 

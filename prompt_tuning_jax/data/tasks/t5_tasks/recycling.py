@@ -40,24 +40,27 @@ def review(row: Row, *, labels: Sequence[str]) -> list[Example]:
 
 
 def gap(row: Row) -> list[Example]:
-    """One example for a gap in a passage, with all answers and entities, for ranking these."""
+    """Returns one example for a gap in a passage.
+
+    It has all answers and entities, to rank the entities.
+    """
     (first, *_) = record(row)
     return [{**first, "entities": [str(entity) for entity in row["entities"]]}]
 
 
 def one_of_answers(text: str, example: Example, is_target: bool) -> list[str] | str:
-    """All answers of the example for targets, and the unchanged text for predictions."""
+    """Returns all answers of the example for targets, and the unchanged text for predictions."""
     return list(example["answers"]) if is_target else text
 
 
 def rank_accuracy(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> float:
-    """The percent of predictions that are among the right texts of their example."""
+    """Returns the percent of predictions that are among the right texts of their example."""
     right = sum(text in accepted for accepted, text in zip(targets, predictions, strict=True))
     return 100.0 * right / len(targets)
 
 
 def _split(task: Task, name: str, *, last: int) -> Task:
-    """A task that trains on all but the last training rows, and validates on these."""
+    """Returns a task that trains on all but the last training rows, and validates on these."""
     parts = {
         "train": Part(split="train", without_last=last),
         "validation": Part(split="train", last=last),
@@ -71,14 +74,14 @@ def _split(task: Task, name: str, *, last: int) -> Task:
 
 
 def _test(task: Task, name: str, *, split: str = "validation") -> Task:
-    """A task that is only evaluated."""
+    """Returns a task that is only evaluated."""
     return replace(
         task, name=name, source=with_parts(task.source, {"validation": Part(split=split)})
     )
 
 
 def _ranked(task: Task, name: str, *, normalized: bool = False) -> Task:
-    """A task that ranks its labels, as the original's rank classification does."""
+    """Returns a task that ranks its labels, as the original's rank classification does."""
     how = "labels are ranked" + (" by the mean over their tokens" if normalized else "")
     return replace(
         task,
@@ -91,7 +94,7 @@ def _ranked(task: Task, name: str, *, normalized: bool = False) -> Task:
 
 
 def _mixtures(name: str, trained: Task, evaluated: Sequence[Task]) -> Iterator[Mixture]:
-    """The mixture to train on, with early stopping, and the one of the tests alone."""
+    """Yields the mixture to train on, with early stopping, and the one of the tests alone."""
     yield Mixture(
         name=name,
         tasks=(trained,),

@@ -20,7 +20,7 @@ Form: TypeAlias = Literal["ordinary", "taskless", "task_index"]
 
 
 def without_task_word(inputs: str) -> str:
-    """Remove everything up to and including the first blank; without a blank, nothing.
+    """Removes everything up to and including the first blank; without a blank, nothing.
 
     >>> without_task_word("boolq passage: ...")
     'passage: ...'

@@ -34,12 +34,12 @@ _log = logging.getLogger(__name__)
 
 
 def is_prepared(dataset: str, data_dir: str) -> bool:
-    """Whether ``data_dir`` (a folder or gs://...) has any version of the data set."""
+    """Returns whether ``data_dir`` (a folder or gs://...) has any version of the data set."""
     return _any_version(dataset, data_dir) is not None
 
 
 def tfds_rows(dataset: str, split: str, data_dir: str, *, version: str = "") -> Iterator[Row]:
-    """Yield the rows of a split in TFDS's order, as Python values: text as str, arrays as lists.
+    """Yields the rows of a split in TFDS's order, as Python values: text as str, arrays as lists.
 
     Args:
       dataset: TFDS's name without version: ``super_glue/rte``.
@@ -295,7 +295,7 @@ def _split_at_source(dataset: str, split: str) -> str:
 
 
 def _uses_tfds(dataset: str, split: str, data_dir: str) -> bool:
-    """Whether TFDS has the rows, rather than official files; UserError if neither does."""
+    """Returns whether TFDS has the rows, rather than official files; UserError if neither does."""
     if not data_dir:
         if is_prepared(dataset, _default_dir()):
             return True

@@ -18,7 +18,7 @@ class Part:
     last: int = 0
 
     def of(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """Yield the part of the rows, reading them once."""
+        """Yields the part of the rows, reading them once."""
         if self.last:
             yield from deque(rows, maxlen=self.last)
             return
@@ -30,7 +30,7 @@ class Part:
 
 
 def with_parts(source: Source, parts: Mapping[str, Part]) -> Source:
-    """The source with these splits instead of its own."""
+    """Returns the source with these splits instead of its own."""
     return Source(
         splits=tuple(parts),
         rows=partial(_rows, source=source, parts=dict(parts)),

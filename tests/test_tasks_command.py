@@ -11,7 +11,7 @@ import pytest
 from prompt_tuning_jax.cli import task_listing
 from prompt_tuning_jax.cli.main import main
 from prompt_tuning_jax.data.batching.tokenize import tokenize
-from prompt_tuning_jax.data.tasks.registry import alias_names, get_task, task_names
+from prompt_tuning_jax.data.tasks.registry import aliases, get_task, task_names
 from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary
 from prompt_tuning_jax.inference.scoring import read_predictions
 
@@ -86,7 +86,7 @@ def test_lists_and_scores_come_without_jax(tmp_path):
 def test_every_name(capsys):
     status, out, _ = run(capsys, "tasks", "--all")
     assert status == 0
-    assert {line.split(" ")[0] for line in out.splitlines()} == {*task_names(), *alias_names()}
+    assert {line.split(" ")[0] for line in out.splitlines()} == {*task_names(), *aliases()}
 
 
 def test_sizes_where_the_data_are(capsys, shared, tmp_path):

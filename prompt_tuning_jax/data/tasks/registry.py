@@ -37,11 +37,6 @@ def task_names() -> tuple[str, ...]:
     return tuple(sorted({*_known(), *seqio_names()}))
 
 
-def alias_names() -> tuple[str, ...]:
-    """Aliases of built-in tasks and mixtures, sorted."""
-    return tuple(sorted(_aliases()))
-
-
 def get_mixture(name: str) -> Mixture:
     """Returns the mixture of that name, or the task of that name as a mixture of one.
 
@@ -57,7 +52,7 @@ def get_mixture(name: str) -> Mixture:
         names = task_names()
         # A remembered part of a name, such as rte, is not similar to the whole name.
         likely = [known_name for known_name in names if name and name in known_name]
-        likely = likely or difflib.get_close_matches(name, [*names, *_aliases()], n=4)
+        likely = likely or difflib.get_close_matches(name, [*names, *aliases()], n=4)
         raise UserError(
             f"unknown task {name!r}: {suggest(name, likely or names)} (`prompt-tuning tasks` lists "
             "all; import the module that registers a custom or SeqIO task first)"
@@ -96,7 +91,8 @@ def _builtin() -> Mapping[str, Task | Mixture]:
 
 
 @functools.cache
-def _aliases() -> Mapping[str, str]:
+def aliases() -> Mapping[str, str]:
+    """Returns the full name of each alias of a built-in task or mixture."""
     modules = [importlib.import_module(name) for name in _BUILTIN_MODULES]
     return {a: n for module in modules for a, n in getattr(module, "ALIASES", {}).items()}
 
@@ -106,9 +102,9 @@ def _find(name: str) -> Task | Mixture | None:
     known = _known()
     for prefix in _MODEL_PREFIXES:
         bare = name.removeprefix(prefix)
-        task = known.get(bare) or known.get(_aliases().get(bare, ""))
+        task = known.get(bare) or known.get(aliases().get(bare, ""))
         # Tasks of other origins have no such names.
-        if task is not None and (not prefix or bare in _builtin() or bare in _aliases()):
+        if task is not None and (not prefix or bare in _builtin() or bare in aliases()):
             return task
     return None
 
@@ -124,4 +120,4 @@ def seqio_names() -> tuple[str, ...]:
         return ()
     from prompt_tuning_jax.data.tasks.from_seqio import names_in_seqio
 
-    return tuple(name for name in names_in_seqio() if name not in {*_builtin(), *_aliases()})
+    return tuple(name for name in names_in_seqio() if name not in {*_builtin(), *aliases()})

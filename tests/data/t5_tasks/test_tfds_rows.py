@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from prompt_tuning_jax.data.tasks.registry import get_task
-from prompt_tuning_jax.data.tasks.t5_tasks.official_files import official_rows, official_splits
+from prompt_tuning_jax.data.tasks.t5_tasks.official_files import layout, official_rows
 from prompt_tuning_jax.data.tasks.t5_tasks.sources import (
     is_prepared,
     number_of_rows,
@@ -88,7 +88,7 @@ def test_same_rows_and_same_strings(folders, name):
     task = get_task(name)
     dataset = T5_TASKS[task.name.replace("taskless_", "")].tfds.partition(":")[0]
     assert is_prepared(dataset, prepared) and not is_prepared(dataset, official)
-    for split in official_splits(dataset):
+    for split in layout()[dataset]:
         rows = list(official_rows(dataset, split, official))
         assert rows
         # TFDS has an order of its own.

@@ -104,7 +104,7 @@ class Choice:
 
 @functools.cache
 def layout() -> Mapping[str, Mapping[str, tuple[Choice, ...]]]:
-    """Data set -> split -> the possible files, in order of preference."""
+    """Returns TFDS's data set -> split -> the possible files, in order of preference."""
     datasets: dict[str, dict[str, tuple[Choice, ...]]] = {}
     for config, folder in SUPER_GLUE_FOLDERS.items():
         datasets[f"super_glue/{config}"] = _super_glue(config, folder)
@@ -215,16 +215,6 @@ def _summaries(folder: str, fields: Mapping[str, bool]) -> dict[str, tuple[Choic
 
 
 _log = logging.getLogger(__name__)
-
-
-def known_datasets() -> tuple[str, ...]:
-    """Returns TFDS's names of the data sets that can be read from files."""
-    return tuple(layout())
-
-
-def official_splits(dataset: str) -> tuple[str, ...]:
-    """Returns the splits of a data set's files, under TFDS's names."""
-    return tuple(layout().get(dataset, {}))
 
 
 def official_rows(dataset: str, split: str, data_dir: str) -> Iterator[Row]:

@@ -47,7 +47,7 @@ class Command(ABC):
 def positional(metavar: str, *, default: Any = MISSING, many: bool = False) -> Any:
     """Returns a positional argument: required without a default.
 
-    With ``many``, any number of values.
+    With ``many``, it takes any number of values.
     """
     nargs = "*" if many else None if default is MISSING else "?"
     return _field({"metavar": metavar, "nargs": nargs}, default, positional=True)

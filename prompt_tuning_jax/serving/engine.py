@@ -347,7 +347,7 @@ class Engine:
     def _steps(self) -> Iterator[Step]:
         """Returns all programs in the order in which they are compiled.
 
-        The first answer everything.
+        The first ones can answer everything.
         """
         shapes = self.shapes
         longest = shapes.prompt_lengths[-1]

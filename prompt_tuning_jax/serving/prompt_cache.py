@@ -146,7 +146,7 @@ class PromptCache:
     def take(self, members: Sequence[Served | None]) -> tuple[Any, HostArray]:
         """Returns the arrays that are held, and the row of each prompt.
 
-        0 for None, the bare model.
+        The row of None, the bare model, is 0.
         """
         wanted = {one.number: one for one in members if isinstance(one, ServedPrompt)}
         missing = [wanted[number] for number in self._lru.take(wanted)]

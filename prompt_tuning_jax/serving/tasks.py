@@ -230,7 +230,7 @@ class PromptValidator:
     def task(self, name: str, prompts: Sequence[Served], labels: Sequence[str] = ()) -> ServedTask:
         """Returns a task of these prompts.
 
-        Without ``labels``, with those that they were trained on.
+        ``labels`` default to those that they were trained on.
 
         UserError if they were trained on different labels or with different wordings.
         """

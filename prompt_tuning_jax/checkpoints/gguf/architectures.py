@@ -193,7 +193,7 @@ class Architecture:
 def config_of(metadata: Metadata) -> CausalLMConfig:
     """Returns the configuration of a model.
 
-    Whether its head is tied is for the caller to decide.
+    The caller decides whether its head is tied.
     """
     heads = metadata.size("attention.head_count")
     width = metadata.size("embedding_length")

@@ -51,7 +51,7 @@ class PrefixTuning(MethodConfig):
     def chooses(self, stack: str) -> bool:
         """Returns whether a model's attentions of this name get prefixes.
 
-        A name without a field does.
+        A name without a field of the method gets them.
         """
         return bool(getattr(self, stack, True))
 

@@ -144,7 +144,7 @@ class TaskData:
     def padding(self, start: int, stop: int) -> float | None:
         """Returns the percent of padding in the inputs of steps ``start`` to ``stop - 1``.
 
-        Images: None.
+        Returns None for images.
         """
         train = self._training_batches()
         return None if train.reads_images else train.padding(start, stop)

@@ -192,7 +192,7 @@ class TokenizedExamples:
     def at_most(self, number: int) -> "TokenizedExamples":
         """Returns at most ``number`` evenly spaced examples (files may be sorted by label).
 
-        0: all.
+        0 means all.
         """
         if not 0 < number < len(self):
             return self

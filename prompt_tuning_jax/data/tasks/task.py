@@ -267,7 +267,7 @@ class Mixture:
     def evaluated_on(self, split: str) -> tuple[Task, ...]:
         """Returns the tasks with that split.
 
-        If none has it, the trained ones, which raise the error.
+        If none has it, returns the trained ones, which raise the error.
         """
         having = tuple(t for t in (*self.tasks, *self.evaluated) if split in t.splits)
         return having or self.tasks

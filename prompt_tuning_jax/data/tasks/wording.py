@@ -161,7 +161,7 @@ def checked_template(template: str) -> str:
 def template_of(from_text: Callable[[str], str]) -> str:
     """Returns ``"valence: {text}"`` for a function that adds words around a text.
 
-    Otherwise empty.
+    Returns "" for any other function.
     """
     before, mark, after = from_text(_MARK).partition(_MARK)
     if not mark or _MARK in after or from_text("a b") != f"{before}a b{after}":

@@ -111,14 +111,15 @@ def write_gguf(
     """Writes a file; ``types`` are of tensors given as the bytes of their blocks."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
+        name = key if key.startswith(("split.", "tokenizer.")) else f"{architecture}.{key}"
         if isinstance(value, str):
-            writer.add_string(f"{architecture}.{key}", value)
+            writer.add_string(name, value)
         elif isinstance(value, list):
-            writer.add_array(f"{architecture}.{key}", value)
+            writer.add_array(name, value)
         elif isinstance(value, int):
-            writer.add_uint32(f"{architecture}.{key}", value)
+            (writer.add_int32 if value < 0 else writer.add_uint32)(name, value)
         else:
-            writer.add_float32(f"{architecture}.{key}", value)
+            writer.add_float32(name, value)
     writer.add_string("tokenizer.ggml.model", "gpt2")
     tokens = [f"t{i}" for i in range(vocab_size)]
     tokens[-3:] = ["a", "b", "ab"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import prompt_tuning_jax
@@ -581,6 +582,13 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(timeout=60) == 0
+
+
+def test_the_home_of_the_user_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "a.npy", np.ones((2, 4), np.float32))
+    assert main(["convert", "~/a.npy", "~/b.safetensors"]) == 0
+    assert (tmp_path / "b.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from prompt_tuning_jax.inference.evaluation import EvalResult, evaluate, predict
 from prompt_tuning_jax.inference.loading import prompt_list
 from prompt_tuning_jax.inference.prediction import Prediction, predict
 from prompt_tuning_jax.inference.prompt_sources import as_paths, as_texts
-from prompt_tuning_jax.inference.results import predictions_text
+from prompt_tuning_jax.inference.results import predictions_text, records_text
 from prompt_tuning_jax.methods import WARP
 from prompt_tuning_jax.methods.prompt import with_prompt
 from tests.serving.serving_app import ask, make_service, running
@@ -391,6 +391,18 @@ def test_inputs_that_are_cut_are_said(tmp_path: Path, capsys: pytest.CaptureFixt
     captured = capsys.readouterr()
     assert "note: 1 of 2 inputs was cut to 16 tokens" in captured.err
     assert [json.loads(one).get("truncated") for one in captured.out.splitlines()] == [None, True]
+
+
+def test_a_table_with_tabs_keeps_the_blanks_of_texts() -> None:
+    text = records_text([{"a": "x\ty  z ", "b": "1\r\n2"}], "tsv")
+    assert text == "a\tb\nx y  z \t1 2\n"
+
+
+@pytest.mark.parametrize("name", ["batch_size", "inputs_length", "max_length"])
+@pytest.mark.parametrize("value", ["8", 8.5, True, -1])
+def test_numbers_that_are_none(name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"{name} is {value!r}; it must be"):
+        predict(micro_model(), "ban", **{name: value})
 
 
 def test_one_program_serves_many_numbers_of_inputs(tmp_path: Path) -> None:

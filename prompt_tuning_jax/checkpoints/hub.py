@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from prompt_tuning_jax.checkpoints.hf.config import CONFIG, GENERATION_CONFIG, is_t5, model_type_of
+from prompt_tuning_jax.checkpoints.hf.config import is_t5, model_type_of
+from prompt_tuning_jax.checkpoints.hf.config_files import CONFIG, GENERATION_CONFIG
 from prompt_tuning_jax.checkpoints.hf.image_processor import PREPROCESSOR_CONFIG
 from prompt_tuning_jax.checkpoints.hf.weights import FLAX, INDEX_SUFFIX, SAFETENSORS, TORCH
 from prompt_tuning_jax.checkpoints.lazy_arrays import progress

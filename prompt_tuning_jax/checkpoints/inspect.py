@@ -11,7 +11,7 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints.fingerprint import fingerprint_of_samples, sample_lazy
 from prompt_tuning_jax.checkpoints.gguf.model import stored_types
-from prompt_tuning_jax.checkpoints.hf.config import CONFIG
+from prompt_tuning_jax.checkpoints.hf.config_files import CONFIG
 from prompt_tuning_jax.checkpoints.hf.weights import INDEX_SUFFIX, open_weights
 from prompt_tuning_jax.checkpoints.hub import is_gguf, model_location
 from prompt_tuning_jax.checkpoints.load import ModelCheckpoint, open_model

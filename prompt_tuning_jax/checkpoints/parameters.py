@@ -1,4 +1,4 @@
-"""The parameters of a T5 under T5X's names: their shapes, and the configuration they imply."""
+"""The parameters of a model: their shapes and, of a T5, the configuration that they imply."""
 
 import re
 from collections.abc import Mapping
@@ -123,9 +123,9 @@ def is_trained(name: str) -> bool:
 
 
 def config_of(params: Mapping[str, Any], *, relpos_max_distance: int | None = None) -> T5Config:
-    """Returns the configuration of the T5 with the parameters ``params`` (by name.
+    """Returns the configuration of the T5 with the parameters ``params``.
 
-    Only shapes matter).
+    These are by name, and only their shapes matter.
 
     Shapes do not tell ``relpos_max_distance``: the default is T5's 128 for 32 buckets, and
     otherwise twice their number.  Nor do they tell activations, which are T5 1.1's for a gated mlp

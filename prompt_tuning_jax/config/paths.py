@@ -81,4 +81,4 @@ def _with_paths(experiment: Experiment, change: Callable[[str], str]) -> Experim
 
 def _absolute(path: str) -> str:
     place = expanded(path)
-    return os.path.abspath(place) if path and place.exists() else path
+    return os.path.abspath(place) if path and os.path.exists(place) else path

@@ -261,6 +261,7 @@ def token_ids(model: Model, inputs: Inputs, *, targets: bool = False) -> HostArr
     after the first end of a target is padding, and an encoder-decoder's inputs have none, as in
     transformers.  In a list of lists every id is real, and the rows may have different lengths.
     """
+    name = "targets" if targets else "inputs"
     if model.config.reads_images:
         raise UserError("this model reads images, and this function takes text; use predict")
     if isinstance(inputs, str):
@@ -276,11 +277,11 @@ def token_ids(model: Model, inputs: Inputs, *, targets: bool = False) -> HostArr
         raise UserError("token ids are whole numbers of shape [batch, length]; got a single number")
     if not is_array and not isinstance(inputs, Sequence):
         raise UserError(
-            f"inputs is a {type(inputs).__name__}; give a text, a list of texts, or token ids of "
+            f"{name} is a {type(inputs).__name__}; give a text, a list of texts, or token ids of "
             "shape [batch, length]"
         )
     if not len(inputs):
-        raise UserError("there are no inputs; give at least one text or one row of token ids")
+        raise UserError(f"there are no {name}; give at least one text or one row of token ids")
     ids = model.token_ids
     if not is_array and all(isinstance(x, str) for x in inputs):
         if model.vocabulary is None:
@@ -291,13 +292,16 @@ def token_ids(model: Model, inputs: Inputs, *, targets: bool = False) -> HostArr
     if not is_array and any(isinstance(x, str) for x in inputs):
         number = next(n for n, x in enumerate(inputs) if not isinstance(x, str))
         shown = str(inputs[number])[:40]
-        raise UserError(f"inputs[{number}] is {shown!r}; it must be a text, as others are")
+        raise UserError(f"{name}[{number}] is {shown!r}; it must be a text, as others are")
+    for number, one in enumerate(() if is_array else inputs):
+        if isinstance(one, bytes):
+            raise UserError(f"{name}[{number}] is bytes; decode it to a text")
     rows: list[Any] = [] if is_array else [*inputs]
     given_rows = bool(rows) and all(isinstance(row, Sequence) for row in rows)
     if given_rows:
         for number, row in enumerate(rows):
             if not row:
-                raise UserError(f"row {number} has no token ids; give every row at least one")
+                raise UserError(f"{name}[{number}] has no token ids; give every row at least one")
         # A float or a string among the ids makes this an array that is refused below.
         ids_BT = _array([id_ for row in rows for id_ in row])[None]
     else:

@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +34,7 @@ from prompt_tuning_jax.checkpoints.destination import (
 from prompt_tuning_jax.checkpoints.hf.pretrained import write_hf
 from prompt_tuning_jax.checkpoints.inspect import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.load import ModelCheckpoint, open_model
-from prompt_tuning_jax.checkpoints.location import is_t5x
+from prompt_tuning_jax.checkpoints.location import is_address, is_t5x
 from prompt_tuning_jax.checkpoints.peft import prompts, weights
 from prompt_tuning_jax.checkpoints.peft.adapter_file import CONFIG, is_peft, read_config
 from prompt_tuning_jax.checkpoints.prompt_file import check_model, save_prompt
@@ -73,6 +72,7 @@ def convert(source: str | Path, destination: str | Path, **options: Any) -> Conv
     for name in options:
         if name not in known:
             raise UserError(f"convert has no argument {name!r}: {suggest(name, known)}")
+    source = os.path.expanduser(source)
     place = Path(source)
     if place.is_dir() and (place / RUN_CONFIG).is_file():
         kept = [place / name for name in (run_folder.PROMPTS, run_folder.TUNED)]
@@ -155,9 +155,10 @@ def convert_tuned(
         raise UserError(f"what a method trained is written as float32: leave out --dtype {dtype}")
     if combine and combine not in COMBINED:
         raise UserError(f"combine is {combine!r}; it is one of {', '.join(COMBINED)}")
-    files = tuned_files(Path(source)) or [Path(source)]
+    place = Path(source)
+    files: list[str | Path] = [*tuned_files(place)] or [source if is_address(source) else place]
     is_file = destination.suffix in PROMPT_SUFFIXES
-    one = files == [Path(source)] or (is_file and len(files) == 1)
+    one = files[0] in (source, place) or (is_file and len(files) == 1)
     if is_file and not one:
         raise UserError(
             f"{source} holds several files: name a folder for them, without {destination.suffix}, "
@@ -165,7 +166,7 @@ def convert_tuned(
         )
     folder = to == "peft" or not one
     require_free(destination, overwrite=overwrite, folder=folder)
-    name, base = _open_base(files, model)
+    name, base = _open_base(files[0], model)
     fingerprint = fingerprint_of(base)
     checkpoints = [_read(file, base, combine or None) for file in files]
     methods = [method_of(stored, file) for file, stored in zip(files, checkpoints, strict=True)]
@@ -182,6 +183,7 @@ def convert_tuned(
         for file, stored, method in zip(files, checkpoints, methods, strict=True):
             place = aside
             if not one:
+                file = Path(file)
                 stem = file.name if file.is_dir() else file.stem
                 place = aside / (stem if to == "peft" else f"{stem}.{to}")
             if to == "peft":
@@ -213,35 +215,36 @@ def convert_tuned(
     return written(what, destination, notes=notes)
 
 
-def _open_base(files: Sequence[Path], model: str) -> tuple[str, ModelCheckpoint]:
+def _open_base(file: str | Path, model: str) -> tuple[str, ModelCheckpoint]:
     """Returns the frozen model's name and checkpoint.
 
-    The name is ``model``, or else the one in the first file.  Raises UserError if the file names no
-    model on this machine.
+    The name is ``model``, or else the one in the file.  Raises UserError if the file names no model
+    on this machine.
     """
     if model:
         return model, open_source(model, vocabulary=False)
-    for file in files:
-        if (file / CONFIG).is_file():
-            named = str(read_config(file / CONFIG).get("base_model_name_or_path") or "")
-        elif is_tuned_file(file):
-            named = open_tuned(file).metadata.model_name
-        else:
-            named = str(file) if is_t5x(file) else ""  # the checkpoint holds its model
-        if named in (*BUNDLED, *GGUF_MODELS) or (named and Path(named).exists()):
-            return named, open_source(named, vocabulary=False)
-        said = f"is for {named}, which is not on this machine" if named else "names no model"
-        raise UserError(f"{file} {said}: give --model, whose shapes decide")
-    raise AssertionError("there is at least one")
+    place = Path(file)
+    if (place / CONFIG).is_file():
+        named = str(read_config(place / CONFIG).get("base_model_name_or_path") or "")
+    elif is_tuned_file(place):
+        named = open_tuned(place).metadata.model_name
+    else:
+        named = str(file) if is_t5x(file) else ""  # the checkpoint holds its model
+    is_here = named and (is_address(named) or Path(named).exists())
+    if named in (*BUNDLED, *GGUF_MODELS) or is_here:
+        return named, open_source(named, vocabulary=False)
+    said = f"is for {named}, which is not on this machine" if named else "names no model"
+    raise UserError(f"{file} {said}: give --model, whose shapes decide")
 
 
-def _read(file: Path, base: ModelCheckpoint, combined: Combined | None) -> TunedCheckpoint:
+def _read(file: str | Path, base: ModelCheckpoint, combined: Combined | None) -> TunedCheckpoint:
     of_t5x = t5x_method(file, base.config, combined=combined)
     if of_t5x is None and combined:
         raise UserError(f"--combine {combined} is about T5X checkpoints, and {file} is not one")
-    if of_t5x is not None or not file.is_dir():
-        return of_t5x or read_tuned(file, base.config)
-    adapter = peft_adapter(file, base.config, own=base.params)
+    place = Path(file)
+    if of_t5x is not None or not place.is_dir():
+        return of_t5x or read_tuned(place, base.config)
+    adapter = peft_adapter(place, base.config, own=base.params)
     assert adapter is not None, file  # its kind is checked already
     return adapter
 
@@ -330,7 +333,7 @@ def merged_model(workdir: str | Path, *, member: str = "") -> tuple[Experiment, 
     Raises UserError for a folder without a run, for an unknown member, and as
     ``methods.merging.merge`` does.
     """
-    workdir = Path(workdir)
+    workdir = expanded(workdir)
     experiment = run_config(str(workdir)) if workdir.is_dir() else None
     if experiment is None:
         raise UserError(f"{workdir} holds no run; name the working directory of one")
@@ -385,7 +388,7 @@ def merge(
     """
     destination = Path(os.path.abspath(expanded(destination)))
     require_free(destination, overwrite=overwrite, folder=True)
-    require_outside(source, destination)
+    require_outside(expanded(source), destination)
     with atomic_write_to(destination, overwrite=overwrite, folder=True) as aside:
         has_words = export_model(
             source, aside, member=member, dtype=dtype, max_shard_bytes=max_shard_bytes

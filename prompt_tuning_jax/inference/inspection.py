@@ -11,7 +11,7 @@ from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.checkpoints.array_files import require_finite
 from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
 from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES
-from prompt_tuning_jax.checkpoints.hf import config as hf_config
+from prompt_tuning_jax.checkpoints.hf import config_files
 from prompt_tuning_jax.checkpoints.hub import is_gguf, is_hub_name
 from prompt_tuning_jax.checkpoints.inspect import (
     ModelDescription,
@@ -129,7 +129,7 @@ def _description(
     if place.is_dir() and not _may_be_model(place):
         raise UserError(
             f"{path} is not a run ({RUN_CONFIG}), a "
-            f"model ({hf_config.CONFIG}, or T5X's {INDEX}), a PEFT adapter "
+            f"model ({config_files.CONFIG}, or T5X's {INDEX}), a PEFT adapter "
             f"or a folder of prompts{_candidates(place)}"
         )
     return describe_model(path, with_fingerprint=with_fingerprint)
@@ -138,7 +138,7 @@ def _description(
 def _may_be_model(folder: Path) -> bool:
     """Returns whether a folder has any trace of a model, so that opening it gives the error."""
     patterns = (
-        hf_config.CONFIG,
+        config_files.CONFIG,
         f"{INDEX}*",
         "checkpoint_*",
         "target.*",

@@ -15,7 +15,7 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.checkpoints.convert_prompt import prompt_files
 from prompt_tuning_jax.checkpoints.destination import PROMPT_SUFFIXES
-from prompt_tuning_jax.checkpoints.location import is_t5x
+from prompt_tuning_jax.checkpoints.location import is_address, is_t5x
 from prompt_tuning_jax.checkpoints.peft.adapter_file import is_peft
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
@@ -179,7 +179,8 @@ def load_prompts(
     known: list[PromptMetadata] = []
     stored: list[tuple[str, TunedCheckpoint]] = []
     stored_known: list[PromptMetadata] = []
-    for number, prompt in enumerate(one for each in prompts for one in _adapters_in(each)):
+    each_adapter = ((n, one) for n, each in enumerate(prompts) for one in _adapters_in(each))
+    for number, prompt in each_adapter:
         if not isinstance(prompt, str | Path):
             array = np.asarray(prompt, np.float32)
             if array.ndim != 2 or array.shape[1] != model.config.embed_dim:
@@ -191,8 +192,9 @@ def load_prompts(
             continue
         place = Path(prompt)
         run = run_config(str(prompt))
-        files = [place]
-        if kept := stored_methods(place, model):
+        source = str(prompt) if is_address(str(prompt)) else place
+        files: Sequence[str | Path] = [source]
+        if kept := stored_methods(source, model):
             stored += kept
             stored_known += [known_with(run, one.metadata) for _, one in kept]
             continue

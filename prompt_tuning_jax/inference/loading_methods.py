@@ -12,6 +12,7 @@ import numpy as np
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import run_folder
+from prompt_tuning_jax.checkpoints.location import is_address
 from prompt_tuning_jax.checkpoints.peft import prompts, weights
 from prompt_tuning_jax.checkpoints.peft.adapter_file import (
     CONFIG,
@@ -55,16 +56,20 @@ from prompt_tuning_jax.models.config import ModelConfig
 from prompt_tuning_jax.typing import HostArray
 
 
-def stored_methods(place: Path, model: Model) -> list[tuple[str, TunedCheckpoint]]:
-    """Returns (path, checkpoint) for each method stored at ``place``.
+def stored_methods(source: str | Path, model: Model) -> list[tuple[str, TunedCheckpoint]]:
+    """Returns (path, checkpoint) for each method stored at ``source``.
 
-    ``place`` is a file, a folder that contains only such files, a PEFT adapter's folder, or a T5X
-    checkpoint.  The list is empty for anything else and for plain prompts, including PEFT's and
-    T5X's.  Raises UserError for a damaged file, and for arrays that do not fit the model.
+    ``source`` is a file, a folder that contains only such files, a PEFT adapter's folder, or a T5X
+    checkpoint, which may be at a ``gs://`` or ``s3://`` address.  The list is empty for anything
+    else and for plain prompts, including PEFT's and T5X's.  Raises UserError for a damaged file,
+    and for arrays that do not fit the model.
     """
     config = model.config
-    if (of_t5x := t5x_method(place, config)) is not None:
-        return [(str(place), of_t5x)]
+    if (of_t5x := t5x_method(source, config)) is not None:
+        return [(str(source), of_t5x)]
+    if is_address(str(source)):
+        return []
+    place = Path(source)
     if is_tuned_file(place):
         return [(str(place), read_tuned(place, config))]
     if not place.is_dir():

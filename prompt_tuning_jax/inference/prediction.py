@@ -29,6 +29,7 @@ from prompt_tuning_jax.distributed import processes
 from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.api import require_model
+from prompt_tuning_jax.inference.decoding.checks import whole_number
 from prompt_tuning_jax.inference.loading import (
     LoadedPrompts,
     load_prompts,
@@ -208,8 +209,7 @@ def _override(
         ("inputs_length", inputs_length),
         ("max_length", max_length),
     ):
-        if number < 0:
-            raise UserError(f"{name} is {number}; it must be at least 1")
+        whole_number(name, number, at_least=0)
     evaluation, data = experiment.evaluation, experiment.data
     evaluation = dataclasses.replace(
         evaluation,
@@ -243,6 +243,7 @@ def _predictions(
     if experiment.method.composes_inputs:
         source = build_mixture(experiment.data).tasks[0]
     parts = []
+    cut_N = np.zeros(len(texts), bool)
     for draw in task_data.draws_of(experiment):
         examples: TokenizedExamples
         if images is not None and isinstance(words, ClassVocabulary):
@@ -258,6 +259,10 @@ def _predictions(
                 use_cache=False,
             )
         task_data.require_inputs(examples, has_prompt=inside > 0)
+        too_long_N = examples.inputs.lengths > examples.inputs_length
+        if (too_long_N & ~cut_N).any():
+            _warn_of_cut(too_long_N, examples)
+        cut_N |= too_long_N
         for members in setup.loaded.groups:
             predictor = build_predictor(
                 experiment,
@@ -276,9 +281,6 @@ def _predictions(
                     task=members.task_number(setup.task),
                 )
             )
-    cut_N = examples.inputs.lengths > examples.inputs_length
-    if cut_N.any():
-        _warn_of_cut(cut_N, examples)
     predictions = Predictions.joined(parts)
     each = zip(texts, rows, predictions.votes(), strict=True)
     return [

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import sys
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from prompt_tuning_jax.errors import printable
 from prompt_tuning_jax.inference.prediction import Prediction
 from prompt_tuning_jax.untrusted_input import json_text
 
+_BREAKS = re.compile(r"[\t\r\n]+")
 _UNBOUNDED = 10_000  # columns, so that a table is as wide as it needs to be
 
 
@@ -163,7 +165,7 @@ def records_text(records: Sequence[Mapping[str, Any]], form: Form) -> str:
     header = list(dict.fromkeys(name for record in records for name in record))
     table = [header, *([_cell(record.get(name)) for name in header] for record in records)]
     if form == "tsv":  # TSV has no quoting, so tabs and line breaks become spaces
-        return "".join("\t".join(" ".join(cell.split()) for cell in line) + "\n" for line in table)
+        return "".join("\t".join(_BREAKS.sub(" ", cell) for cell in line) + "\n" for line in table)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(table)
     return text.getvalue()

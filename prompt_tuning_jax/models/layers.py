@@ -172,10 +172,14 @@ class Table(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledTable:
-    """An embedding table whose rows are multiplied by a factor when they are read."""
+    """An embedding table whose rows are multiplied by a factor when they are read.
+
+    ``dtype`` is that of the activations, to which a model rounds the factor.
+    """
 
     table: Table
     scale: float
+    dtype: DType
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -183,7 +187,8 @@ class ScaledTable:
 
     def __getitem__(self, ids: Any) -> Array:
         rows = self.table[ids]
-        return rows * jnp.asarray(self.scale, rows.dtype)
+        factor = jnp.asarray(self.scale, self.dtype).astype(jnp.float32)
+        return (rows * factor).astype(rows.dtype)
 
 
 class Embed(nnx.Module):

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -78,6 +78,8 @@ _PAGE_FILES = {
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
 }
+T = TypeVar("T")
+_GONE = 499  # the client has gone; nobody reads the response
 Name = Annotated[str, Path(pattern=f"^{NAME}$")]
 
 
@@ -115,7 +117,7 @@ def make_app(
 
     app = FastAPI(
         title="prompt-tuning serve",
-        summary="One frozen T5 serves every task in one batch.",
+        summary="One frozen model serves every task in one batch.",
         version="1",
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from other sites
@@ -157,7 +159,7 @@ def make_app(
     @app.get("/readyz", response_model=schema.Status, responses={503: {"model": schema.Status}})
     async def readyz() -> Response:
         """Returns whether the server accepts requests: once the programs it needs are compiled."""
-        return status_of(service, 200 if service.state == "ready" else 503)
+        return status_of(service, 200 if service.is_ready else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
@@ -177,7 +179,7 @@ def make_app(
         """Predicts labels, text or log-probabilities, with the prompts of one or several tasks."""
         began = time.perf_counter()
         if body.options.stream:
-            return await _streamed(service, body, began)
+            return await _streamed(service, request, body, began)
         return await _predicted(service, request, body, began)
 
     if service.engine.config.reads_images:
@@ -304,27 +306,26 @@ async def _predicted(
     began: float,
     images: Sequence[bytes] = (),
 ) -> Response:
-    """Returns the results, unless the client goes before they are computed."""
-    work = asyncio.create_task(service.predict(body, images))
-    gone = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():  # the client has gone
-            return Response(status_code=499)
-        results = await work
-    finally:
-        for task in (work, gone):
-            task.cancel()
-            with suppress(asyncio.CancelledError, RefusedError):
-                await task
+    results = await _unless_gone(request, service.predict(body, images))
+    if results is None:
+        return Response(status_code=_GONE)
     seconds = time.perf_counter() - began
     service.metrics.seconds.labels(body.mode).observe(seconds)
     return as_json(schema.PredictResponse(results=results, seconds=round(seconds, 6)))
 
 
-async def _streamed(service: Service, body: schema.PredictRequest, began: float) -> Response:
+async def _streamed(
+    service: Service, request: Request, body: schema.PredictRequest, began: float
+) -> Response:
     events = service.stream(body)
-    first = await anext(events)  # raises a RefusedError before a status is sent
+
+    async def next_event() -> dict[str, Any]:
+        return await anext(events)
+
+    # Raises a RefusedError before a status is sent.
+    first = await _unless_gone(request, next_event())
+    if first is None:
+        return Response(status_code=_GONE)
 
     async def lines() -> AsyncIterator[str]:
         try:
@@ -338,6 +339,20 @@ async def _streamed(service: Service, body: schema.PredictRequest, began: float)
     return StreamingResponse(
         lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
     )
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """Returns the result of ``work``, or None if the client goes before it is there."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        for each in (task, gone):
+            each.cancel()
+            with suppress(asyncio.CancelledError, RefusedError):
+                await each
 
 
 async def _disconnected(request: Request) -> None:

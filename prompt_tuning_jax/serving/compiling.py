@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import suppress
@@ -86,7 +87,14 @@ class Compiler:
         """Compiles one program per processor at once, after the first ones ``later`` at once."""
         if self._threads:
             return
-        jax.monitoring.register_event_listener(self._before_caching)
+        # JAX holds its listeners forever; this one must not hold the model with them.
+        before_caching = weakref.WeakMethod(self._before_caching)
+
+        def listen(event: str, **_: str | int) -> None:
+            if (call := before_caching()) is not None:
+                call(event)
+
+        jax.monitoring.register_event_listener(listen)
         number = os.cpu_count() or 1
         self._threads = [
             threading.Thread(target=self._work, args=(one < later,), daemon=True)
@@ -141,8 +149,8 @@ class Compiler:
         with self._changed:
             self._changed.wait_for(lambda: not self._caching)
 
-    def _before_caching(self, event: str, **_: str | int) -> None:
-        """JAX calls this in the thread that has compiled a program."""
+    def _before_caching(self, event: str) -> None:
+        """Notes a write to JAX's cache, in the thread that has compiled a program."""
         thread = threading.current_thread()
         if event != _CACHING or thread not in self._threads:
             return

@@ -71,6 +71,7 @@ class Engine:
         self.shapes = shapes
         self.vocabulary: AnyVocabulary = model.vocabulary
         self.config, self.dtype = model.config, jnp.dtype(model.dtype)
+        self.causal = model.causal
         self._partitioner = partitioner
         graphdef, params = param_tree.split(model)
         self._model = model  # for the shapes of what it reads
@@ -108,6 +109,7 @@ class Engine:
         self.seconds: dict[Program, float] = {}  # of each program that can be used
         self._runs: dict[Program, list[float]] = {}  # by which that is measured
         self._rough: set[Program] = set()  # to be measured better than that
+        self._unusable: set[Program] = set()  # they failed while they were measured
         self._widths: dict[int, int] = {}  # encoder positions of the row in each slot
         # Without those that were donated to a program that then failed.
         self._states: dict[SlotPool, Any] = self._init_states()
@@ -147,11 +149,16 @@ class Engine:
     def measure(self) -> bool:
         """Times one compiled program that is not measured yet; returns whether there was one.
 
-        Slots that are being decoded are not touched.  From then on the program is used.
+        Slots that are being decoded are not touched.  From then on the program is used, unless it
+        fails: then its error is raised once.
         """
         for program in self._unmeasured():
             runs = self._runs.setdefault(program, [])
-            runs.append(self._seconds_of(program))
+            try:
+                runs.append(self._seconds_of(program))
+            except Exception:  # such as too little memory; other programs do its work
+                self._unusable.add(program)
+                raise
             # The first run is slow: its memory has never been touched.
             if len(runs) == _RUNS or (len(runs) > 1 and min(runs) > _LONG_ENOUGH):
                 self.seconds[program] = min(self._runs.pop(program))
@@ -466,7 +473,9 @@ class Engine:
         return (
             program
             for program in self.programs()
-            if program in self._made and (program not in self.seconds or program in self._rough)
+            if program in self._made
+            and program not in self._unusable
+            and (program not in self.seconds or program in self._rough)
         )
 
     def _slot_numbers(self, pool: SlotPool) -> tuple[int, ...]:

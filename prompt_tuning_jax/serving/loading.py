@@ -246,11 +246,6 @@ class MethodLoader:
 
     def _members(self, name: str, stored: TunedCheckpoint, place: Path) -> list[LoadedMember]:
         method, metadata = method_of(stored, place), stored.metadata
-        if isinstance(method, PromptTuning) and method.decoder_length:
-            raise UserError(
-                f"{place} has a prompt in the decoder (method.decoder_length), which the server "
-                "does not support; use it with predict and eval"
-            )
         plain = method.plain_prompt()
         # A prompt for images comes with a classifier, as a method's arrays do.
         if plain is not None and not self._model.config.reads_images:

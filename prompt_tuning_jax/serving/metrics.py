@@ -33,13 +33,17 @@ class Metrics:
             "batch_rows", "Rows computed together", ("kind",), buckets=_ROWS, **kind
         )
         self.batch_seconds = Histogram(
-            "batch_seconds", "Time of one program", ("kind",), buckets=_SECONDS, **kind
+            "batch_seconds",
+            "Time of one program: score, generate (reads inputs) or decode",
+            ("kind",),
+            buckets=_SECONDS,
+            **kind,
         )
         self.queue_seconds = Histogram(
             "queue_seconds", "Time that rows waited for their batch", buckets=_SECONDS, **kind
         )
-        self.tokens = Counter("tokens_written", "Tokens generated", **kind)
-        self.failures = Counter("worker_failures", "Batches that failed on the device", **kind)
+        self.tokens = Counter("tokens_written", "Tokens of finished texts", **kind)
+        self.failures = Counter("worker_failures", "Programs that failed on the device", **kind)
         self.waiting = Gauge("queue_rows", "Rows that are waiting", **kind)
         self.tasks = Gauge("tasks", "Served tasks", **kind)
         self.cache_hits = Gauge("cache_hits", "Prompts found on the device", **kind)

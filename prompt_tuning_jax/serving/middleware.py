@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from prompt_tuning_jax.serving.metrics import Metrics
 from prompt_tuning_jax.serving.schema import RefusedError
 
 # Headers of every response.  The page loads its script and style from this server only.
+_log = logging.getLogger(__name__)
 _SECURITY = [
     (
         b"content-security-policy",
@@ -110,6 +112,11 @@ class Middleware:
 
         try:
             await self._limited(scope, receive, noting)
+        except Exception:
+            if status:  # the response has begun
+                raise
+            _log.exception("a request has failed")
+            await _refuse(noting, 500, "the request failed; the server's log says why", field="")
         finally:
             route = scope.get("route")  # a label per pattern, not per task name
             path = getattr(route, "path", "other")
@@ -159,8 +166,8 @@ async def _read(receive: Receive, most: int) -> bytes | None:
     return b"".join(parts)
 
 
-async def _refuse(send: Send, status: int, message: str) -> None:
-    error: dict[str, Any] = {"error": {"message": message, "field": "body"}}
+async def _refuse(send: Send, status: int, message: str, *, field: str = "body") -> None:
+    error: dict[str, Any] = {"error": {"message": message, **({"field": field} if field else {})}}
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": json.dumps(error).encode()})

@@ -206,8 +206,8 @@ class AdapterStack:
         return abstract(self._arrays, self._partitioner)
 
     def _copy(self, method: ServedMethod, row: int) -> None:
-        new = {name: _replicated(a, self._partitioner) for name, a in method.trainable.items()}
         try:
+            new = {name: _replicated(a, self._partitioner) for name, a in method.trainable.items()}
             self._arrays = self._put(self._arrays, jnp.int32(row), new)
         except Exception:
             self.clear()
@@ -230,7 +230,7 @@ class SingleAdapters:
         self._arrays.clear()
 
     def take(self, members: Sequence[Served | None]) -> tuple[FlatParams, HostArray]:
-        (method,) = {one for one in members if isinstance(one, ServedMethod)}
+        (method,) = {m.number: m for m in members if isinstance(m, ServedMethod)}.values()
         if method.number not in self._arrays:
             while len(self._arrays) >= self.capacity:
                 self._arrays.popitem(last=False)

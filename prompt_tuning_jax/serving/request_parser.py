@@ -15,7 +15,6 @@ from prompt_tuning_jax.data.images.processing import processed
 from prompt_tuning_jax.data.tasks.wording import AS_IT_IS, Given
 from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.errors import UserError, nearest, suggest
-from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.serving.engine import Engine
 from prompt_tuning_jax.serving.scheduler import Job
 from prompt_tuning_jax.serving.schema import Limits, PredictRequest, RefusedError
@@ -160,7 +159,7 @@ class RequestParser:
                     raise RefusedError(422, message, field="options.labels")
             elif request.mode == "score":
                 one = replace(one, targets=(targets[number],))
-            _check_scores_labels(one, number, request)
+            _check_method(one, number, request)
             parsed.append(one)
         if request.mode == "label":
             self._check_labels(parsed)
@@ -267,8 +266,7 @@ class RequestParser:
             raise RefusedError(422, str(error), field=f"inputs[{number}]") from None
         prompts = task.prompts or (None,)
         # A decoder-only model would go on from the prompt's last state, which is not held.
-        causal = isinstance(self._engine.config, CausalLMConfig)
-        if not ids and (causal or any(p is None or not p.positions for p in prompts)):
+        if not ids and (self._engine.causal or any(p is None or not p.positions for p in prompts)):
             message = "the input is empty, and this model needs a token before its answer"
             raise RefusedError(422, message, field=f"inputs[{number}]")
         longest = self._engine.shapes.longest
@@ -281,9 +279,18 @@ class RequestParser:
         raise RefusedError(422, message, field=f"inputs[{number}]")
 
 
-def _check_scores_labels(one: ParsedInput, number: int, request: PredictRequest) -> None:
-    """Raises RefusedError for other texts than the labels of a method that scores labels itself."""
+def _check_method(one: ParsedInput, number: int, request: PredictRequest) -> None:
+    """Raises RefusedError for what a method of the task cannot do.
+
+    One that scores labels itself scores no other texts.
+    """
     for prompt in one.prompts:
+        spec = None if prompt is None else prompt.adapter_spec
+        if request.mode == "generate" and spec is not None and spec.has_decoder_prompt:
+            message = (
+                f"task {one.task.name!r} has a prompt in the decoder: it generates no text here"
+            )
+            raise RefusedError(422, f"{message}; use predict, or mode label or score", field="mode")
         if prompt is None or not prompt.label_tokens:
             continue
         about = f"task {one.task.name!r} ({prompt.method}) ranks labels"

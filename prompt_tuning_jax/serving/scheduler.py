@@ -134,7 +134,7 @@ class Scheduler:
         self._closing = True
         self._wake.set()
         if self._task is not None:
-            await self._task
+            await asyncio.wait([self._task])
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self) -> None:
@@ -229,12 +229,16 @@ class Scheduler:
         if not self._slots:
             return
         rows = {slot: job.row for slot, job in self._slots.items()}
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
             output: DecodeOutput = await self.call(self._engine.decode, rows)
         except Exception as error:
             _log.exception("a decoding step has failed")
+            self._metrics.failures.inc()
             await self._empty_slots(error)
             return
+        self._metrics.batch_seconds.labels("decode").observe(loop.time() - began)
         generated = 0
         for slot, job in list(self._slots.items()):
             number = int(output.position_M[slot])
@@ -262,11 +266,11 @@ class Scheduler:
         try:
             results = await self.call(compute, jobs)
         except Exception as error:
-            await self._repair(error)
+            self._metrics.failures.inc()
+            await self.repair(error)
             owners = list(dict.fromkeys(job.owner for job in jobs))
             if len(owners) == 1:
                 _log.exception("a batch of %d rows has failed", len(jobs))
-                self._metrics.failures.inc()
                 for job in jobs:
                     _fail(job, error)
                 return
@@ -282,7 +286,7 @@ class Scheduler:
         for job, result in zip(jobs, results, strict=True):
             keep(job, result)
 
-    async def _repair(self, error: Exception) -> None:
+    async def repair(self, error: Exception) -> None:
         """Replaces what may have been donated to a failed program."""
         if self._engine.has_lost_slots:
             await self._empty_slots(error)
@@ -295,7 +299,6 @@ class Scheduler:
         await self.call(self._engine.reset)
         for job in lost.values():
             if job.alone:
-                self._metrics.failures.inc()
                 _fail(job, error)
             elif not job.future.done():
                 job.alone = True

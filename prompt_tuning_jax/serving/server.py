@@ -70,9 +70,10 @@ def serve(
 ) -> None:
     """Serves until SIGTERM or SIGINT; a second signal skips waiting for open requests.
 
-    ``make`` receives the function that the application calls once its start has finished or
-    failed; an error of the start is raised here.  ``own`` is a bound socket, which is closed at the
-    end.  UserError if this process may open too few files.
+    ``make`` receives the function that the application calls once its start has finished or failed;
+    an error of the start is raised here.  ``listener`` is a bound socket, which is closed at the
+    end.  UserError if this process may open too few files, or if another one has begun to listen on
+    the address.
     """
     allowed = within_open_files(limits or ConnectionLimits())
     asyncio.run(_serve(make, listener, drain_seconds, allowed, on_drain))
@@ -117,6 +118,12 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
+    try:
+        listener.listen(limits.backlog)
+    except OSError as error:  # another process bound the same address, and was ready first
+        raise UserError(
+            f"{address_of(listener)} is in use: {error.strerror}; --port 0 takes a free port"
+        ) from None
     await server.serve(sockets=[listener])
     if failures:
         raise failures[0]

@@ -1,6 +1,7 @@
 """Answers requests: parses them, has their rows computed, and puts the results together."""
 
 import asyncio
+import logging
 import math
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ from prompt_tuning_jax.serving.task_changes import TaskChanges
 from prompt_tuning_jax.serving.task_store import TaskStore
 from prompt_tuning_jax.serving.tasks import PromptValidator, ServedPrompt, ServedTask, Tasks
 
+_log = logging.getLogger(__name__)
 _COMPILED = 0.1  # seconds between two checks for newly compiled programs
 _PATIENCE = 2.0  # seconds that a new program waits for an idle moment
 _LONG = 20_000  # characters from which on a request is tokenized in a thread of its own
@@ -100,6 +102,11 @@ class Service:
         if self.state == "starting":
             self.state = "ready"
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are accepted."""
+        return self.state == "ready" and self.scheduler.alive
+
     def drain(self) -> None:
         """Accepts no new requests; those accepted before are still answered."""
         self.state = "draining"
@@ -115,14 +122,23 @@ class Service:
     async def _measure(self) -> None:
         """Puts newly compiled programs to use, in idle moments."""
         while self.engine.compiler.is_running:
-            while await self.scheduler.call_when_idle(self.engine.measure, patience=_PATIENCE):
+            while await self._measure_next():
                 pass
             await asyncio.sleep(_COMPILED)
-        while await self.scheduler.call_when_idle(self.engine.measure, patience=_PATIENCE):
+        while await self._measure_next():
             pass
         progress = self.engine.compiler.progress
         if progress.made == progress.all:  # not if the server is told to end
             self.on_compiled()
+
+    async def _measure_next(self) -> bool:
+        """Measures a program that is not in use yet; returns whether there was one."""
+        try:
+            return await self.scheduler.call_when_idle(self.engine.measure, patience=_PATIENCE)
+        except Exception as error:
+            _log.exception("a program that failed when it was measured will not be used")
+            await self.scheduler.repair(error)
+            return True
 
     async def predict(self, request: PredictRequest, images: Sequence[bytes] = ()) -> list[Result]:
         """Returns one result for each input, or for each image file; or RefusedError."""
@@ -147,7 +163,7 @@ class Service:
     async def stream(self, request: PredictRequest) -> AsyncIterator[dict[str, Any]]:
         """Pieces of text as they are generated, then ``{"results": [...]}`` or ``{"error": ...}``.
 
-        A RefusedError is raised before the first piece.
+        Raises RefusedError as long as nothing was generated.
         """
         parsed = await self._parse(request)
         pieces: asyncio.Queue[tuple[int, str, list[int]] | None] = asyncio.Queue()
@@ -175,11 +191,15 @@ class Service:
                     sent[index, prompt] = text
                     yield {"index": index, "prompt": prompt, "text": text[len(before) :]}
             if not all(job.future.done() for job in every):
+                if not sent:
+                    raise RefusedError(504, _DEADLINE, field="options.deadline_ms")
                 yield {"error": {"message": _DEADLINE}}
                 return
             try:
                 values = [[job.future.result() for job in group] for group in jobs]
             except WorkerFailedError:
+                if not sent:
+                    raise RefusedError(500, _FAILED) from None
                 yield {"error": {"message": _FAILED}}
                 return
             results = self._results(request, parsed, values)
@@ -226,12 +246,15 @@ class Service:
             raise RefusedError(503, message, retry_after=10) from None
 
     def _require_ready(self) -> None:
-        if self.state != "ready":
-            raise RefusedError(503, f"the server is {self.state}", retry_after=1)
+        if not self.is_ready:
+            state = self.state if self.state != "ready" else "out of order"
+            raise RefusedError(503, f"the server is {state}", retry_after=1)
 
     async def _parse(self, request: PredictRequest) -> list[ParsedInput]:
         self._require_ready()
-        if sum(map(_length, request.inputs)) < _LONG:
+        options = request.options
+        texts = (*request.inputs, *(options.targets or ()), *(options.labels or ()))
+        if sum(map(_length, texts)) < _LONG:
             return self._parser.parse(request)
         return await asyncio.to_thread(self._parser.parse, request)
 

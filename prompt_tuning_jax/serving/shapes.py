@@ -193,8 +193,7 @@ class Shapes:
 
     def generates(self, adapter_spec: AdapterSpec | None) -> bool:
         """Returns whether there are programs that generate text for this spec."""
-        scores_labels = adapter_spec is not None and bool(adapter_spec.label_tokens)
-        return "generate" in self.modes and not scores_labels
+        return "generate" in self.modes and (adapter_spec is None or adapter_spec.generates)
 
     def widths(self, pool: SlotPool, adapter_spec: AdapterSpec | None = None) -> tuple[int, ...]:
         """Returns the numbers of encoder positions that the decoder attends to in these slots."""

@@ -51,6 +51,10 @@ class TaskChanges:
         store = self._require_store()
         _check_name(name, "name")
         _check_name(prompt or name, "prompt")
+        try:
+            self._validator.label_ids(labels, field="label")
+        except UserError as error:
+            raise RefusedError(422, str(error), field="label") from None
 
         def put() -> ServedTask:
             new = store.check_upload(content, self._validator, name=prompt or name)
@@ -58,10 +62,11 @@ class TaskChanges:
             old = self._tasks.get(name) if prompt else None
             others = [] if old is None else [p for p in old.prompts if p.name != new.name]
             if any(not isinstance(other, ServedPrompt) for other in others):
-                raise UserError(
+                message = (
                     f"task {name!r} is {old.method if old else ''}, and only plain prompts can be "
                     "added to a task at run time; leave out prompt to replace the task"
                 )
+                raise RefusedError(422, message, field="prompt")
             given, new_labels = tuple(labels), new.metadata.labels
             if old is not None and not given:
                 labels_by_source = {name: old.labels, "the upload": new_labels} if others else {}
@@ -100,7 +105,7 @@ class TaskChanges:
             try:
                 async with self._lock:
                     await asyncio.to_thread(self._refresh, self._store)
-            except (OSError, UserError) as error:
+            except Exception as error:  # the next check may succeed
                 if str(error) != logged:
                     logged = str(error)
                     _log.error("cannot read the changes of other servers: %s", logged)

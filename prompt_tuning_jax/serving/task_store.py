@@ -123,6 +123,7 @@ class TaskStore:
     def remove(self, name: str) -> None:
         put = {known: kept for known, kept in self._index["put"].items() if known != name}
         self._write({"put": put, "removed": sorted({*self._index["removed"], name})})
+        self._loaded.pop(name, None)
 
     def check_upload(
         self, content: bytes, validator: PromptValidator, *, name: str

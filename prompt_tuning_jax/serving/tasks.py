@@ -28,7 +28,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.loading_methods import known_with
 from prompt_tuning_jax.inference.setup import added_positions
 from prompt_tuning_jax.methods import TunedModel
-from prompt_tuning_jax.methods.base import LabelTokens
+from prompt_tuning_jax.methods.base import DECODER_PROMPT, LabelTokens
 from prompt_tuning_jax.storage import natural_order
 from prompt_tuning_jax.typing import DType, HostArray
 
@@ -45,8 +45,8 @@ class AdapterSpec:
 
     ``shapes`` and logical ``axes`` are those of the trained arrays, by path; all other parameters
     are the frozen model's.  ``prompt_positions`` is how many positions the method adds to the
-    input.  ``label_tokens`` are the labels that the method scores itself, if it does;
-    then it generates no text.  Methods of equal specs share one object.
+    input.  ``label_tokens`` are the labels that the method scores itself, if it does.  Methods of
+    equal specs share one object.
     """
 
     graphdef: nnx.GraphDef[TunedModel]
@@ -59,6 +59,16 @@ class AdapterSpec:
     def bytes(self) -> int:
         """Size of one method's trained arrays."""
         return sum(one.size * one.dtype.itemsize for one in self.shapes.values())
+
+    @property
+    def has_decoder_prompt(self) -> bool:
+        """Whether the decoder has a prompt, for which slots have no room."""
+        return DECODER_PROMPT in self.shapes
+
+    @property
+    def generates(self) -> bool:
+        """Whether the server generates text with it."""
+        return not self.label_tokens and not self.has_decoder_prompt
 
 
 class AdapterSpecs:
@@ -88,7 +98,10 @@ class AdapterSpecs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ServedPrompt:
-    """One plain prompt ``[P, D]`` on the host; no two have the same ``number``."""
+    """One plain prompt ``[P, D]`` on the host.
+
+    Equal numbers mean equal arrays: the tasks of a mixture share one prompt.
+    """
 
     name: str
     prompt_PD: HostArray
@@ -119,7 +132,8 @@ class ServedPrompt:
 class ServedMethod:
     """The trained arrays of any other method on the host, by path.
 
-    ``method`` is its name in a config; no two have the same ``number``.
+    ``method`` is its name in a config.  Equal numbers mean equal arrays: the tasks of a mixture
+    share one method.
     """
 
     name: str

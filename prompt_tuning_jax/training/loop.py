@@ -214,11 +214,11 @@ class Loop:
     def _restore_best(
         self, state: TrainState, *, evaluated: bool
     ) -> tuple[Any, list[Best | None], set[int], bool]:
-        """Restores each member's best state: ``(state, best, improved_at, told)``.
+        """Restores each member's best state: ``(state, best, improved_at, reported)``.
 
         The state is on the host; without a checkpoint, it is the current one.  ``improved_at`` are
-        the steps of improvements.  ``told`` is false if ``on_best`` must be called again, since a
-        kill may have come between saving the best state and that call.  It is true if the newest
+        the steps of improvements.  ``reported`` is false if ``on_best`` must be called again, since
+        a kill may have come between saving the best state and that call.  It is true if the newest
         checkpoint is damaged: ``on_best`` then already received better members than the restored.
         """
         like = on_host(state)

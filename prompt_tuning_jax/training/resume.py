@@ -95,7 +95,7 @@ def _require_same_rates(
 
 def require_place(folder: Path) -> None:
     """Raises UserError if the run's folder cannot be made or written; call it before slow work."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not there.is_dir():
         raise UserError(f"{there} is a file; training.workdir (--workdir) must be a folder")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -115,6 +115,12 @@ def train(experiment: Experiment, *, quiet: bool = False) -> RunResult:
             "data.objectives, model.embeddings and model.attention_init are for pre-training: call "
             "pretrain (the command prompt-tuning train does)"
         )
+    if any(experiment.method.description_shape()):
+        raise UserError(
+            f"method={method_name(experiment.method)} reads descriptions of classes in front of "
+            "its inputs, which only data.objectives writes there: set data.objectives, or choose "
+            "another method"
+        )
     return run(experiment, _prepare_tasks, quiet=quiet)
 
 
@@ -204,7 +210,7 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
             return
         for member, best in zip(improved, bests, strict=True):
             params = {name: jnp.asarray(array[member]) for name, array in trainable.items()}
-            method, kept, model_config = _folded(experiment, members, params)
+            method, kept, model_config = _folded(members, params)
             metadata = _metadata(
                 experiment,
                 method,
@@ -381,7 +387,7 @@ def _held(params: FlatParams, number: int, model: ModelFields) -> str:
 
 
 def _folded(
-    experiment: Experiment, members: Members, own: FlatParams
+    members: Members, own: FlatParams
 ) -> tuple[MethodConfig, dict[str, HostArray], ModelConfig]:
     """Returns a member's method and arrays in the form for inference, which is the one to save.
 

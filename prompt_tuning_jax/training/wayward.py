@@ -7,6 +7,7 @@ from flax import nnx
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PROMPT, TunedModel
@@ -28,6 +29,8 @@ def wayward_regularizer(
     text, words = training.wayward_text, vocabulary
     if not text:
         return None
+    if isinstance(words, ClassVocabulary):
+        raise UserError("training.wayward_text: this model reads images; leave it out")
     if words is None:
         raise UserError("training.wayward_text needs the model's vocabulary; set model.vocabulary")
     if (pieces := len(words.encode(text))) != length:

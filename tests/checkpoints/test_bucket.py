@@ -15,9 +15,14 @@ from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints import hub, location
 from prompt_tuning_jax.checkpoints.hub import T5X_VOCABULARY, hf_folder
 from prompt_tuning_jax.checkpoints.load import load_model, open_model
-from prompt_tuning_jax.checkpoints.t5x.reader import read_t5x
+from prompt_tuning_jax.checkpoints.parameters import PROMPT
+from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x, read_t5x
+from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
 from prompt_tuning_jax.config.paths import T5X_MODELS
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.inference.conversion import convert
+from prompt_tuning_jax.inference.loading import attach
+from tests.checkpoints.test_t5x_methods import trained_arrays
 
 
 class Store:
@@ -119,8 +124,13 @@ def store(server: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
 
 
 def assert_same(model: Any, other: Any) -> None:
+    assert model.config == other.config
+    assert_same_params(model, other)
+
+
+def assert_same_params(model: Any, other: Any) -> None:
     params, others = param_tree.split(model)[1], param_tree.split(other)[1]
-    assert model.config == other.config and params.keys() == others.keys()
+    assert params.keys() == others.keys()
     for name, array in params.items():
         np.testing.assert_array_equal(array, others[name])
 
@@ -198,6 +208,22 @@ def test_a_published_checkpoint_comes_with_its_vocabulary(store: Store, shared: 
         open_model("t5_1_1_lm100k_base")
     # Another is asked for.
     assert open_model("t5_1_1_lm100k_base", vocabulary=False).vocabulary_file is None
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_prompts_and_methods_in_buckets(
+    store: Store, shared: Path, tmp_path: Path, scheme: str
+) -> None:
+    source = shared / "fixtures" / "t5x" / "tiny_t5x" / "checkpoint_3"
+    model = load_model(str(source))
+    prompt = {PROMPT: np.full((3, model.config.embed_dim), 0.5, np.float32)}
+    for name, trained in {"prompt": prompt, "ia3": trained_arrays("ia3")}.items():
+        folder = write_t5x(tmp_path / name, open_t5x(source).stored, step=3, trained=trained)
+        address = f"{scheme}://some-bucket/{name}"
+        store.put(address, folder)
+        assert_same_params(attach(model, address), attach(model, folder))
+        file = convert(address, tmp_path / f"{name}.safetensors").path
+        assert_same_params(attach(model, file), attach(model, folder))
 
 
 def test_a_bucket_out_of_reach(store: Store) -> None:

@@ -461,6 +461,25 @@ def test_invalid_folders_are_one_line(
     assert str(folder) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["llama_mha", "t5gemma"])
+@pytest.mark.parametrize("key", ["eos_token_id", "pad_token_id"])
+def test_an_id_of_generation_config_that_is_wrong_is_said_to_be_there(
+    copy: Edit, name: str, key: str
+) -> None:
+    folder = copy(name, generation={key: 10**6})
+    with pytest.raises(UserError, match=rf"generation_config\.json: {key} is 1000000; it must"):
+        open_hf(folder)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "olmo", "phi"])
+def test_heads_may_be_wider_than_the_model_divided_among_them(tmp_path: Path, kind: str) -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
+    usual = config_of(kind, tmp_path, eos_token_id=1, **sizes)
+    wide = config_of(kind, tmp_path, eos_token_id=1, head_dim=16, **sizes)
+    assert (usual.head_dim, wide.head_dim) == (8, 16)
+    assert described_config(wide)["head_dim"] == 16
+
+
 def test_missing_tensors_and_other_formats(copy: Edit) -> None:
     folder = copy("llama_mha")
     edit_tensors(folder, **{"model.norm.weight": None})

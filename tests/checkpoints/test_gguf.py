@@ -245,6 +245,9 @@ def test_scaled_rotary_positions(tmp_path: Path) -> None:
     assert config.rope_scaling == RopeScaling(
         kind="yarn", factor=4.0, original_max_positions=4096, attention_factor=1 + 0.1 * math.log(4)
     )
+    for name, none in (("no", {}), ("zero", {"rope.scaling.factor": 0.0})):  # as in llama.cpp
+        unscaled = {"rope.scaling.type": "linear", **none}
+        assert open_gguf(tiny(tmp_path / f"{name}.gguf", **unscaled))[0].rope_scaling is None
     for name, key in (("alone", "rope.scaling.factor"), ("old", "rope.scale_linear")):
         config, _ = open_gguf(tiny(tmp_path / f"{name}.gguf", **{key: 4.0}))
         assert config.rope_scaling == RopeScaling(kind="linear", factor=4.0), name
@@ -336,6 +339,21 @@ def test_files_that_do_not_fit_together(
     with pytest.raises(UserError, match=message) as caught:
         open_gguf(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_part_of_a_model_is_said_to_be_one(tmp_path: Path) -> None:
+    path = tiny(tmp_path / "m-00001-of-00003.gguf", **{"split.count": 3})
+    with pytest.raises(UserError, match="is one of 3 parts of a model: join them"):
+        open_gguf(path)
+    assert open_gguf(tiny(tmp_path / "whole.gguf", **{"split.count": 1}))
+
+
+@pytest.mark.parametrize(("stored", "bos"), [(-1, -1), (2**32 - 1, -1), (1, 1)])
+def test_no_beginning_of_a_text_is_written_in_two_ways(
+    tmp_path: Path, stored: int, bos: int
+) -> None:
+    config, _ = open_gguf(tiny(tmp_path / "m.gguf", **{"tokenizer.ggml.bos_token_id": stored}))
+    assert config.bos == bos
 
 
 def test_unknown_architectures_and_other_files(tmp_path: Path) -> None:

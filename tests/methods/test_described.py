@@ -2,8 +2,10 @@
 
 import jax
 import numpy as np
+import pytest
 
 from prompt_tuning_jax import param_tree
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import (
     Context,
     DescribedPrompts,
@@ -12,7 +14,9 @@ from prompt_tuning_jax.methods import (
     trainable_mask,
 )
 from prompt_tuning_jax.methods.prompt import with_prompt
+from prompt_tuning_jax.training.run import train
 from tests.micro import ONE_LAYER, D, make_t5
+from tests.tiny_run import experiment
 
 METHOD = DescribedPrompts(positions=3, words=4)
 TEXT = [11, 12, 1, 0]
@@ -55,6 +59,15 @@ def test_a_position_without_a_label_is_not_seen():
     )
     np.testing.assert_array_equal(one, other)
     assert np.abs(one - third).max() > 1e-3
+
+
+def test_it_needs_inputs_with_descriptions(tmp_path):
+    with pytest.raises(UserError, match=r"described_prompts reads .* set data\.objectives"):
+        train(experiment(tmp_path, {"method": METHOD}))
+    assert not list(tmp_path.iterdir())
+    for field in ("positions", "words"):
+        method = DescribedPrompts(**{field: 0})
+        assert [f"method.{field} is 0" in error for error in method.config_errors()] == [True]
 
 
 def test_all_of_the_model_trains_and_nothing_is_added():

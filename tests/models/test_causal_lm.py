@@ -445,6 +445,18 @@ def test_tokens_as_a_prompt_are_rows_of_the_table(family):
     np.testing.assert_allclose(table[text_1P], model.embed_tokens(text_1P), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rows_of_a_scaled_table_are_as_long_as_embedded_tokens(dtype):
+    """The factor is rounded to the dtype of the activations: 25.298 to 25.25 in bfloat16."""
+    model = make_lm("gemma", embedding_scale=25.298, dtype=dtype)
+    ids_BT = np.arange(V)[None]
+    rows, embedded = (
+        np.asarray(x, np.float32).ravel()
+        for x in (model.embedding_table()[ids_BT], model.embed_tokens(ids_BT))
+    )
+    assert rows @ embedded / (embedded @ embedded) == pytest.approx(1, abs=4e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
 def test_output_vectors_give_logits(family):
     model = make_lm(family)

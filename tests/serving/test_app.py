@@ -338,7 +338,7 @@ def test_prompts_of_other_labels_do_not_join_a_task_unnoticed(folder: Path, tmp_
         ("fine", "", "narrow", "body"),
         ("fine", "", "long", "body"),
         ("fine", "", "other", "body"),
-        ("fine", "?label=red&label=red", "right", "body"),
+        ("fine", "?label=red&label=red", "right", "label"),
     ],
 )
 def test_wrong_uploads_change_nothing(
@@ -385,6 +385,67 @@ def test_a_worker_error_fails_its_request_alone(folder: Path) -> None:
         assert float(counted.split()[0]) >= 2
 
     with_server(folder, test)
+
+
+def test_a_stream_that_fails_before_its_first_piece_has_a_status(folder: Path) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        options: dict[str, Any] = {"stream": True, "deadline_ms": 1}
+        body = {"task": "color", "inputs": ["ban"], "mode": "generate"}
+        late = await ask(client, **body, options=options)
+        assert (late.status_code, late.json()["error"]["field"]) == (504, "options.deadline_ms")
+        service.engine.poison = micro_model().vocabulary.encode("ban")[0]  # type: ignore[attr-defined]
+        failed = await ask(client, **body, options={"stream": True})
+        assert failed.status_code == 500 and "failed" in failed.json()["error"]["message"]
+        assert service.scheduler.waiting == 0
+
+    with_server(folder, test, limits=Limits(wait_seconds=0.2))
+
+
+def test_an_error_that_nobody_expected_has_the_form_of_the_others(folder: Path) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        def fail(*_: Any) -> Any:
+            raise ZeroDivisionError
+
+        service.nearest_words = fail  # type: ignore[method-assign]
+        answer = await client.get("/v1/tasks/color/words")
+        assert answer.status_code == 500 and "log" in answer.json()["error"]["message"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        counted = (await client.get("/metrics")).text
+        assert 'path="/v1/tasks/{name}/words",status="500"' in counted
+
+    with_server(folder, test)
+
+
+def test_without_a_scheduler_the_server_is_not_ready(folder: Path) -> None:
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        assert service.scheduler._task is not None
+        service.scheduler._task.cancel()
+        await asyncio.sleep(0)
+        for path in ("/readyz", "/healthz"):
+            assert (await client.get(path)).status_code in (500, 503)
+        answer = await ask(client, task="color", inputs=["ban"])
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+    with_server(folder, test)
+
+
+def test_a_program_that_fails_when_it_is_measured_is_left_out(folder: Path) -> None:
+    engine = make_service(folder).engine._engine  # type: ignore[attr-defined]
+    engine.compile()
+    measured, rough = dict(engine.seconds), set(engine._rough)
+    engine.seconds.clear()
+    seconds_of, bad = engine._seconds_of, next(engine._unmeasured())
+    try:
+        engine._seconds_of = lambda program: 1 / 0 if program == bad else 1.0
+        with pytest.raises(ZeroDivisionError):
+            engine.measure()
+        while engine.measure():
+            pass
+        assert {*engine.programs()} - {*engine.seconds} == {bad}
+    finally:
+        engine._seconds_of = seconds_of
+        engine._unusable.clear()
+        engine.seconds, engine._rough = measured, rough
 
 
 def test_a_full_queue_says_when_to_come_again(folder: Path) -> None:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata
 from prompt_tuning_jax.config.experiment import Evaluation, Experiment
 from prompt_tuning_jax.config.overrides import to_json
 from prompt_tuning_jax.config.serving import Serving
@@ -37,10 +38,11 @@ from prompt_tuning_jax.methods import (
 )
 from prompt_tuning_jax.serving import prompt_cache
 from prompt_tuning_jax.serving.decode_state import DecodeOutput
+from prompt_tuning_jax.serving.loading import methods_of
 from prompt_tuning_jax.serving.schema import Options, PredictRequest
 from prompt_tuning_jax.serving.service import Service
 from prompt_tuning_jax.serving.shapes import Program, Row
-from prompt_tuning_jax.serving.tasks import AdapterSpecs
+from prompt_tuning_jax.serving.tasks import AdapterSpecs, ServedMethod
 from tests import tiny_run
 from tests.micro import make_t5
 from tests.serving.serving_app import ask
@@ -68,6 +70,7 @@ METHODS: dict[str, MethodConfig] = {
     ),
     "pattern": PatternTuning(),
     "warp": WARP(length=2),
+    "in_decoder": PromptTuning(length=2, decoder_length=1, init="uniform"),
 }
 LORAS = [f"lora_{seed}" for seed in range(9)]
 INPUTS = ["ban red", "kolo green", "mita"]
@@ -215,12 +218,61 @@ def test_rows_of_one_structure_share_a_batch_where_their_arrays_are_small(
     with_service(service, test)
 
 
+def caches_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, gathered: bool
+) -> tuple[prompt_cache.Cache, list[ServedMethod]]:
+    """The cache of two LoRAs, of which the device holds one after the other."""
+    if not gathered:
+        monkeypatch.setattr(prompt_cache, "MAX_GATHERED_BYTES", 0)
+    for seed in range(2):
+        write_method(tmp_path / f"lora_{seed}.safetensors", LORA, seed=seed)
+    service = opened(tmp_path)
+    methods = methods_of(service.tasks.everything().values())
+    return service.engine._caches[methods[0].adapter_spec], methods
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+def test_tasks_of_a_mixture_share_the_arrays_of_their_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gathered: bool
+) -> None:
+    cache, (method, _) = caches_of(tmp_path, monkeypatch, gathered=gathered)
+    other_task = dataclasses.replace(method, metadata=PromptMetadata(task="other"))
+    arrays, rows = cache.take([method, other_task])
+    assert rows[0] == rows[1]
+    for name, array in method.trainable.items():
+        held = arrays[name][rows[0]] if gathered else arrays[name]
+        np.testing.assert_array_equal(held, array)
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+def test_after_a_failed_copy_no_method_has_the_arrays_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gathered: bool
+) -> None:
+    cache, methods = caches_of(tmp_path, monkeypatch, gathered=gathered)
+    put, failures = prompt_cache.device_put, [MemoryError("no room")]
+
+    def failing(*arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return put(*arguments)
+
+    monkeypatch.setattr(prompt_cache, "device_put", failing)
+    with pytest.raises(MemoryError):
+        cache.take(methods[:1])
+    for method in methods:
+        arrays, rows = cache.take([method])
+        for name, array in method.trainable.items():
+            held = arrays[name][rows[0]] if gathered else arrays[name]
+            np.testing.assert_array_equal(held, array)
+
+
 def test_text_is_generated_as_it_is_predicted(tmp_path: Path) -> None:
     write_method(tmp_path / "lora.safetensors", LORA)
     write_method(tmp_path / "other.safetensors", LORA, seed=5)
     write_method(tmp_path / "prefix.safetensors", PrefixTuning(length=3), seed=1)
     write_method(tmp_path / "p_tuning.safetensors", METHODS["p_tuning"], seed=2)
     write_method(tmp_path / "warp.safetensors", WARP(length=2))
+    write_method(tmp_path / "in_decoder.safetensors", METHODS["in_decoder"])
     write_prompt(tmp_path / "plain.safetensors", seed=3)
     serving = Serving(
         lengths=(8,), batch_sizes=(4,), modes=("generate",), max_new_tokens=4, slots=4
@@ -252,6 +304,10 @@ def test_text_is_generated_as_it_is_predicted(tmp_path: Path) -> None:
         warp = await ask(client, **{**body, "task": "warp"})
         assert (warp.status_code, warp.json()["error"]["field"]) == (422, "mode")
         assert "generates no text" in warp.json()["error"]["message"]
+        # Slots have no room for the decoder's prompt, without which the text would be another.
+        in_decoder = await ask(client, **{**body, "task": "in_decoder"})
+        assert (in_decoder.status_code, in_decoder.json()["error"]["field"]) == (422, "mode")
+        assert "a prompt in the decoder" in in_decoder.json()["error"]["message"]
 
     with_service(opened(tmp_path, serving), test)
 

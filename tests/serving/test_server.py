@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from prompt_tuning_jax.serving.app import make_app
 from prompt_tuning_jax.serving.schema import Limits
@@ -105,6 +106,17 @@ def test_a_port_that_is_taken_is_said_before_a_model_is_opened(
         with pytest.raises(UserError, match=f"--port {port} cannot bind"):
             serve(Experiment(model=Model(name_or_path="nowhere")), "nowhere", port=port)
     assert "opening" not in capsys.readouterr().err
+
+
+def test_of_two_servers_on_one_port_the_slower_one_says_so() -> None:
+    from prompt_tuning_jax.errors import UserError
+
+    slower = bound("127.0.0.1", 0)
+    port = slower.getsockname()[1]
+    with bound("127.0.0.1", port) as faster, slower:  # none of them listens yet
+        faster.listen()
+        with pytest.raises(UserError, match=f":{port} is in use.*--port 0"):
+            serve(lambda started: FastAPI(), slower, drain_seconds=1.0)
 
 
 @pytest.mark.parametrize(

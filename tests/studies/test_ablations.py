@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.checkpoints.hf.config import CONFIG
+from prompt_tuning_jax.checkpoints.hf.config_files import CONFIG
 from prompt_tuning_jax.checkpoints.run_folder import Best, member_names
 from prompt_tuning_jax.cli.main import main
 from prompt_tuning_jax.config.experiment import Data, Model

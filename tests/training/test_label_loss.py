@@ -14,6 +14,7 @@ from prompt_tuning_jax.checkpoints.load import load_model
 from prompt_tuning_jax.config.experiment import Data, Experiment, Optimizer, Training
 from prompt_tuning_jax.config.methods import CPT, WARP, LoRA, MultitaskPrompts, PromptTuning
 from prompt_tuning_jax.config.validation import validate
+from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.methods import PROMPT, Context, TunedModel, attach_method
 from prompt_tuning_jax.models.output_head import LazyLogits
@@ -24,6 +25,7 @@ from prompt_tuning_jax.training.run import train
 from prompt_tuning_jax.training.wayward import squared_distance, wayward_regularizer
 from tests import tiny_run
 from tests.micro import EOS, ONE_LAYER, D, Words, make_t5, token_rows
+from tests.tiny_vit import MICRO
 
 SOURCE = token_rows([5, 3, 4, 6], 7)
 LABELS = ((5, EOS), (7, 9, EOS), (8, 4, 6, EOS))
@@ -139,6 +141,8 @@ def test_the_distance_to_a_text(tuned: TunedModel) -> None:
         wayward_regularizer(longer, graphdef, words)
     with pytest.raises(UserError, match=r"set model\.vocabulary"):
         wayward_regularizer(experiment, graphdef, None)
+    with pytest.raises(UserError, match=r"training\.wayward_text: this model reads images"):
+        wayward_regularizer(experiment, graphdef, ClassVocabulary(MICRO))
     # The figure of squared_l2_distance: the mean over positions of squared lengths.
     np.testing.assert_allclose(squared_distance(jnp.ones((4, D)), jnp.zeros((4, D))), D)
 

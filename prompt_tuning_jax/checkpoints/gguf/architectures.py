@@ -129,6 +129,8 @@ class Metadata:
                 f"{self.architecture}.rope.scaling.type is {repr(kind)[:80]}; supported: none, "
                 "linear, yarn"
             )
+        if kind == "linear" and self._of(key, 0) == 0:  # as in llama.cpp
+            return None
         factor = self.number(key)
         if self.number("rope.scaling.attn_factor", 1.0) != 1:
             raise self.error(f"{self.architecture}.rope.scaling.attn_factor is not supported")
@@ -155,8 +157,12 @@ class Metadata:
     def bos(self) -> int:
         """Returns the id that begins a text; -1 if there is none."""
         value = self._values.get("tokenizer.ggml.bos_token_id", -1)
-        if type(value) is not int or not -1 <= value < 2**31:
-            raise self.error(f"tokenizer.ggml.bos_token_id is {repr(value)[:80]}")
+        if type(value) is int and value in (-1, 2**32 - 1):  # how converters write that none is
+            return -1
+        if type(value) is not int or not 0 <= value < 2**31:
+            raise self.error(
+                f"tokenizer.ggml.bos_token_id is {repr(value)[:80]}; it must be the id of a token"
+            )
         return value
 
     def error(self, message: str) -> UserError:

@@ -72,6 +72,11 @@ def open_gguf_model(path: str | Path) -> GGUFModel:
     path = Path(path)
     require_whole(path)
     values, infos = read_header(path)
+    parts = values.get("split.count", 1)
+    if parts != 1:
+        raise UserError(
+            f"{path} is one of {parts} parts of a model: join them with llama-gguf-split --merge"
+        )
     if _TABLE not in infos:
         raise UserError(f"{path} has no {_TABLE}: it is not a language model")
     tensors = open_tensors(path, infos)

@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.checkpoints.causal_parameters import EMBEDDING, causal_parameter_shapes
+from prompt_tuning_jax.checkpoints.hf.config_files import (
+    CONFIG,
+    GENERATION_CONFIG,
+    read_generation_config,
+)
 from prompt_tuning_jax.checkpoints.hf.config_reader import ConfigReader
 from prompt_tuning_jax.checkpoints.hf.config_writer import ConfigWriter
 from prompt_tuning_jax.checkpoints.hf.families import FAMILIES
@@ -16,12 +21,8 @@ from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray, equal_bits
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.config import ModelConfig
-from prompt_tuning_jax.untrusted_input import read_json_file
 
-_CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_LARGEST = 2**20  # bytes
 
 
 def causal_config(raw: Mapping[str, Any], path: Path) -> CausalLMConfig:
@@ -42,15 +43,6 @@ def causal_config(raw: Mapping[str, Any], path: Path) -> CausalLMConfig:
     return reader.config()
 
 
-def read_generation_config(path: Path) -> dict[str, Any]:
-    """Returns the generation_config.json beside ``config.json``; empty if there is none."""
-    beside = path.with_name(GENERATION_CONFIG)
-    generation = read_json_file(beside, max_bytes=_LARGEST) if beside.is_file() else {}
-    if not isinstance(generation, dict):
-        raise UserError(f"{beside} is a {type(generation).__name__} and not a JSON object")
-    return generation
-
-
 def open_causal(
     folder: Path, raw: Mapping[str, Any]
 ) -> tuple[CausalLMConfig, dict[str, LazyArray]]:
@@ -59,7 +51,7 @@ def open_causal(
     An output head that is a copy of the embedding table is dropped if ``config.json`` ties the two;
     one that differs is kept, and the model is not tied.  See ``open_hf`` for the errors.
     """
-    config = causal_config(raw, folder / _CONFIG)
+    config = causal_config(raw, folder / CONFIG)
     table = FAMILIES[raw["model_type"]].names
     path, stored = open_weights(folder, is_unused=table.is_unused, flax=False)
     tensors = with_prefix(table, stored, path=path)
@@ -82,7 +74,7 @@ def read_params(
     from prompt_tuning_jax.param_tree import require_same_names
 
     theirs = {name: table.tensor(name) for name in shapes}
-    require_same_names(tensors, dict.fromkeys(theirs.values()), of=str(path), and_of=_CONFIG)
+    require_same_names(tensors, dict.fromkeys(theirs.values()), of=str(path), and_of=CONFIG)
     params = {
         name: table.read(name, tensors[source], shapes, head_dim) for name, source in theirs.items()
     }
@@ -90,7 +82,7 @@ def read_params(
         if array.shape != shapes[name]:
             raise UserError(
                 f"{path}: {theirs[name]} makes {name} {list(array.shape)}, "
-                f"but by {_CONFIG} it is {list(shapes[name])}"
+                f"but by {CONFIG} it is {list(shapes[name])}"
             )
     return params
 
@@ -104,7 +96,7 @@ def causal_as_hf(config: CausalLMConfig, params: Mapping[str, LazyArray]) -> HfM
     generation = {key: described[key] for key in TOKEN_IDS} | {
         "eos_token_id": one_or_all(config.token_ids.all_eos)
     }
-    reader = ConfigReader(described, generation=generation, path=Path(_CONFIG))
+    reader = ConfigReader(described, generation=generation, path=Path(CONFIG))
     FAMILIES[config.model_type].describe(reader)
     require_same_config(reader.config(), config)
     return HfModel(
@@ -181,6 +173,6 @@ def require_layers(
             some = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             of = f"the {stack}'s " if len(numbers) > 1 else ""
             raise UserError(
-                f"{path} has no tensors of {of}layers {some}, but {_CONFIG} says {number} layers: "
+                f"{path} has no tensors of {of}layers {some}, but {CONFIG} says {number} layers: "
                 "the copy is incomplete, or the config is another model's"
             )

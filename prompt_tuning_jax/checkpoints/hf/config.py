@@ -1,9 +1,15 @@
-"""A T5's ``config.json`` and ``tokenizer_config.json`` for transformers 4 and 5."""
+"""``config.json`` and the tokenizer's files for transformers 4 and 5, above all those of a T5."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prompt_tuning_jax.checkpoints.hf.config_files import (
+    CONFIG,
+    GENERATION_CONFIG,
+    MOST_CONFIG_BYTES,
+    read_generation_config,
+)
 from prompt_tuning_jax.checkpoints.hf.families import FAMILIES, T5GEMMA_FAMILIES
 from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
@@ -19,10 +25,7 @@ from prompt_tuning_jax.models.config import ModelConfig, TokenIds
 from prompt_tuning_jax.models.t5.config import T5Config
 from prompt_tuning_jax.untrusted_input import read_json_file
 
-CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 VOCABULARY = "spiece.model"
-_LARGEST = 2**20  # bytes; transformers' files have a thousand
 
 # transformers' defaults, which folders of version 4 leave out.
 _T5_DEFAULTS: dict[str, Any] = {
@@ -68,7 +71,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise UserError(f"{path.parent} has no {CONFIG}: it is not a Hugging Face model")
-    raw = read_json_file(path, of=f"{path} is not valid JSON", max_bytes=_LARGEST)
+    raw = read_json_file(path, of=f"{path} is not valid JSON", max_bytes=MOST_CONFIG_BYTES)
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if isinstance(kind, str) and kind in _UNSUPPORTED:
         raise UserError(
@@ -172,21 +175,15 @@ def token_ids_from(raw: Mapping[str, Any], *, path: Path) -> TokenIds:
         name: _token_id(raw, key, default, vocab_size=raw["vocab_size"], path=path)
         for name, (key, default) in _TOKEN_IDS.items()
     }
-    beside = path.with_name(GENERATION_CONFIG)
-    if beside.is_file():
-        generation = read_json_file(beside)
-        if not isinstance(generation, dict):
-            raise UserError(f"{beside} is a {type(generation).__name__} and not a JSON object")
-        for name, (key, _) in _TOKEN_IDS.items():
-            chosen = _token_id(
-                generation, key, ids[name], vocab_size=raw["vocab_size"], path=beside
+    generation, beside = read_generation_config(path), path.with_name(GENERATION_CONFIG)
+    for name, (key, _) in _TOKEN_IDS.items():
+        chosen = _token_id(generation, key, ids[name], vocab_size=raw["vocab_size"], path=beside)
+        if name == "start" and key in raw and chosen != ids[name]:
+            raise UserError(
+                f"{beside}: {key} is {chosen}, but {ids[name]} in {path.name}: transformers would "
+                "train with one and generate with the other; make them equal"
             )
-            if name == "start" and key in raw and chosen != ids[name]:
-                raise UserError(
-                    f"{beside}: {key} is {chosen}, but {ids[name]} in {path.name}: transformers "
-                    "would train with one and generate with the other; make them equal"
-                )
-            ids[name] = chosen
+        ids[name] = chosen
     return TokenIds(pad=ids["pad"], eos=ids["eos"], start=ids["start"])
 
 

@@ -12,6 +12,7 @@ from prompt_tuning_jax.checkpoints.hf.config_fields import (
     Derived,
     Windows,
 )
+from prompt_tuning_jax.checkpoints.hf.config_files import GENERATION_CONFIG
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import (
     CausalLMConfig,
@@ -166,11 +167,12 @@ class ConfigReader(ConfigFields):
     def tokens(self, *, pad: int | None, bos: int | None, eos: int | None) -> None:
         # generation_config.json takes precedence, as in transformers' generate.
         here = self.ids("eos_token_id", eos, of=self.raw)
-        ends = self.ids("eos_token_id", None, of=self.generation) or here
+        beside = self.path.with_name(GENERATION_CONFIG)
+        ends = self.ids("eos_token_id", None, of=self.generation, file=beside) or here
         if not ends:
             raise self._error("there is no eos_token_id: add the id that ends a text")
         first = here[0] if here and here[0] in ends else ends[0]
-        pads = self.ids("pad_token_id", None, of=self.generation)
+        pads = self.ids("pad_token_id", None, of=self.generation, file=beside)
         pads = pads or self.ids("pad_token_id", pad, of=self.raw)
         begins = self.ids("bos_token_id", bos, of=self.raw)
         self.values["bos"] = begins[0] if begins else -1
@@ -208,7 +210,7 @@ class ConfigReader(ConfigFields):
                 f"original_max_position_embeddings is {_shown(longest)}; it must be a positive "
                 "integer"
             )
-        # Without a factor, YaRN stretches the original length to the model's window.
+        # With null as its factor, YaRN stretches the original length to the model's window.
         stretched = "factor" in entry and kind == "yarn"
         implied = self.values["max_positions"] / longest if stretched else None
         factor = self._positive(entry, "factor", implied)
@@ -254,8 +256,13 @@ class ConfigReader(ConfigFields):
             raise self._error(f"{key} is {_shown(theta)}; it must be a number above 1")
         return float(theta)
 
-    def ids(self, key: str, default: int | None, *, of: Mapping[str, Any]) -> list[int]:
-        """Returns the ids under a key, none for a default outside the vocabulary, and for -1."""
+    def ids(
+        self, key: str, default: int | None, *, of: Mapping[str, Any], file: Path | None = None
+    ) -> list[int]:
+        """Returns the ids under a key, none for a default outside the vocabulary, and for -1.
+
+        ``file`` is that of ``of``, if it is not the configuration.
+        """
         most = self.values["vocab_size"]
         if key not in of:
             return [] if default is None or default >= most else [default]
@@ -263,9 +270,8 @@ class ConfigReader(ConfigFields):
         listed = value if isinstance(value, list) else [] if value in (None, -1) else [value]
         for each in listed:
             if type(each) is not int or not 0 <= each < most:
-                raise self._error(
-                    f"{key} is {_shown(value)}; it must be an id from 0 to {most - 1}"
-                )
+                message = f"{key} is {_shown(value)}; it must be an id from 0 to {most - 1}"
+                raise self._error(message) if file is None else UserError(f"{file}: {message}")
         return listed
 
     def _get(self, key: str, aliases: tuple[str, ...]) -> Any:

@@ -27,6 +27,7 @@ def read_processing(folder: Path, *, image_size: int, num_channels: int) -> Imag
     raw = read_json_file(path, max_bytes=_LARGEST)
     if not isinstance(raw, dict):
         raise UserError(f"{path} is a {type(raw).__name__} and not a JSON object")
+    raw = {key: value for key, value in raw.items() if value is not None}  # null is not set
 
     def flag(key: str, usual: bool) -> bool:
         value = raw.get(key, usual)

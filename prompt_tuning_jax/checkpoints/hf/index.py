@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.hf.config import CONFIG
+from prompt_tuning_jax.checkpoints.hf.config_files import CONFIG
 from prompt_tuning_jax.checkpoints.hf.weights import INDEX_SUFFIX, SAFETENSORS
 from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray
 from prompt_tuning_jax.errors import UserError

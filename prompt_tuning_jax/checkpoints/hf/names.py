@@ -34,7 +34,8 @@ class NameTable:
         (BLOOM, GPT-NeoX), and not one part after the other (GPT-2).
       kernels_as_here: whether kernels of layers are ``[in, out]`` (GPT-2); torch's, and that of
         any output head, are ``[out, in]``.
-      unused: the names of buffers that old files hold and no model uses, without a prefix.
+      unused: the names of tensors that are not parameters here, without a prefix: old buffers,
+        frequencies of positions, and vision towers.
     """
 
     prefixes: tuple[str, ...]
@@ -80,7 +81,7 @@ class NameTable:
         return self.encoder_layers if stack == "encoder" else self.layers
 
     def is_unused(self, tensor: str) -> bool:
-        """Returns whether a tensor of a file, with any prefix, is a buffer that no model uses."""
+        """Returns whether a tensor of a file, with any prefix, is not a parameter here."""
         return any(
             tensor.startswith(prefix) and re.fullmatch(self.unused, tensor.removeprefix(prefix))
             for prefix in self.prefixes

@@ -16,7 +16,6 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints.hf.causal import causal_as_hf, open_causal
 from prompt_tuning_jax.checkpoints.hf.config import (
-    CONFIG,
     VISION,
     VOCABULARY,
     config_from,
@@ -27,6 +26,7 @@ from prompt_tuning_jax.checkpoints.hf.config import (
     ties_unscaled,
     tokenizer_files,
 )
+from prompt_tuning_jax.checkpoints.hf.config_files import CONFIG
 from prompt_tuning_jax.checkpoints.hf.families import FAMILIES, T5GEMMA_FAMILIES
 from prompt_tuning_jax.checkpoints.hf.index import HfModel, write_folder
 from prompt_tuning_jax.checkpoints.hf.t5gemma import open_t5gemma, t5gemma_as_hf

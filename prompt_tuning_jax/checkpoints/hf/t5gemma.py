@@ -12,15 +12,18 @@ from prompt_tuning_jax.checkpoints.causal_parameters import (
     t5gemma_parameter_shapes,
 )
 from prompt_tuning_jax.checkpoints.hf.causal import (
-    GENERATION_CONFIG,
     TOKEN_IDS,
     drop_copied_head,
     one_or_all,
-    read_generation_config,
     read_params,
     require_layers,
     require_same_config,
     with_prefix,
+)
+from prompt_tuning_jax.checkpoints.hf.config_files import (
+    CONFIG,
+    GENERATION_CONFIG,
+    read_generation_config,
 )
 from prompt_tuning_jax.checkpoints.hf.config_reader import ConfigReader
 from prompt_tuning_jax.checkpoints.hf.config_writer import ConfigWriter
@@ -34,7 +37,6 @@ from prompt_tuning_jax.models.config import TokenIds
 from prompt_tuning_jax.models.t5gemma.config import T5GemmaConfig
 
 _log = logging.getLogger(__name__)
-_CONFIG = "config.json"
 _START = "decoder_start_token_id"
 _EOI, _IMAGE = "eoi_token_index", "image_token_index"
 # transformers cannot leave out what reads images: a written config describes a tiny one.
@@ -71,7 +73,7 @@ def t5gemma_config(raw: Mapping[str, Any], path: Path) -> T5GemmaConfig:
     if merged:
         text_raw, where = (
             _part(encoder_raw, "text_config", path=path, of="encoder."),
-            ("encoder.text_config"),
+            "encoder.text_config",
         )
     decoder_raw = _part(raw, "decoder", path=path)
 
@@ -148,17 +150,18 @@ def _token_ids(
         return reader.ids(key, None, of=raw) or reader.ids(key, default, of=decoder)
 
     here = ids("eos_token_id", 1)
-    ends = reader.ids("eos_token_id", None, of=generation) or here
+    beside = path.with_name(GENERATION_CONFIG)
+    ends = reader.ids("eos_token_id", None, of=generation, file=beside) or here
     if not ends:
         raise UserError(f"{path}: there is no eos_token_id: add the id that ends a text")
     first = here[0] if here and here[0] in ends else ends[0]
-    pads = reader.ids("pad_token_id", None, of=generation) or ids("pad_token_id", 0)
+    pads = reader.ids("pad_token_id", None, of=generation, file=beside) or ids("pad_token_id", 0)
     # transformers trains with the decoder's beginning of sequence as the first input.
     begins = reader.ids("bos_token_id", 2, of=decoder)
     if not begins:
         raise UserError(f"{path}: decoder.bos_token_id is null: add the id that starts a target")
-    for file, of in ((path, raw), (path.with_name(GENERATION_CONFIG), generation)):
-        chosen = reader.ids(_START, None, of=of)
+    for file, of in ((path, raw), (beside, generation)):
+        chosen = reader.ids(_START, None, of=of, file=file)
         if chosen and chosen[0] != begins[0]:
             raise UserError(
                 f"{file}: {_START} is {chosen[0]}, but decoder.bos_token_id is {begins[0]} in "
@@ -183,7 +186,7 @@ def open_t5gemma(
     of them are dropped; an output head that differs is kept, and the model is not tied.  See
     ``open_hf`` for the errors.
     """
-    config = t5gemma_config(raw, folder / _CONFIG)
+    config = t5gemma_config(raw, folder / CONFIG)
     table = T5GEMMA_FAMILIES[config.model_type].names
     unread: list[str] = []
 
@@ -250,7 +253,7 @@ def described_t5gemma(config: T5GemmaConfig) -> tuple[dict[str, Any], dict[str, 
     ):
         writer = ConfigWriter(dataclasses.replace(stack, model_type=kind))
         family.describe(writer)
-        reader = ConfigReader(writer.raw, generation={}, path=Path(_CONFIG))
+        reader = ConfigReader(writer.raw, generation={}, path=Path(CONFIG))
         family.describe(reader)
         # What no key of the stack says.
         again = dataclasses.replace(reader.config(), tie_embeddings=stack.tie_embeddings)

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from prompt_tuning_jax.checkpoints.hf.config_files import CONFIG
 from prompt_tuning_jax.checkpoints.hf.config_reader import ConfigReader
 from prompt_tuning_jax.checkpoints.hf.config_writer import ConfigWriter
 from prompt_tuning_jax.checkpoints.hf.families.vit import (
@@ -30,7 +31,6 @@ from prompt_tuning_jax.checkpoints.lazy_arrays import LazyArray
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.vit.config import ViTConfig
 
-_CONFIG = "config.json"
 _CLASSIFIER = "classifier.weight"
 _MOST_LABELS = 100_000
 _MOST_PIXELS = 2**14  # height and width of an image
@@ -46,16 +46,16 @@ def open_vit(folder: Path, raw: Mapping[str, Any]) -> tuple[ViTConfig, dict[str,
     path, stored = open_weights(
         folder, is_unused=lambda name: re.fullmatch(UNUSED, name) is not None, flax=False
     )
-    config = vit_config(raw, folder / _CONFIG, classes=_classes(stored, path))
+    config = vit_config(raw, folder / CONFIG, classes=_classes(stored, path))
     prefix = PREFIX if config.labels else ""
     tensors = {_with_prefix(name, prefix): array for name, array in stored.items()}
     table = tensor_shapes(config)
     wanted = {theirs: None for theirs, _ in table.values()}
-    require_same_names(tensors, wanted, of=str(path), and_of=_CONFIG)
+    require_same_names(tensors, wanted, of=str(path), and_of=CONFIG)
     for theirs, shape in table.values():
         if tensors[theirs].shape != shape:
             raise UserError(
-                f"{path}: {theirs} is {list(tensors[theirs].shape)}, but by {_CONFIG} it is "
+                f"{path}: {theirs} is {list(tensors[theirs].shape)}, but by {CONFIG} it is "
                 f"{list(shape)}"
             )
     return config, {name: _ours(name, tensors[theirs]) for name, (theirs, _) in table.items()}

@@ -434,6 +434,7 @@ class DescribedPrompts(MethodConfig):
     """
 
     implementation = "prompt_tuning_jax.methods.described_prompts:PooledWords"
+    lower_bounds: ClassVar[Mapping[str, float]] = {"positions": 1, "words": 1}
     trains_model = True
     mergeable = True
 

@@ -145,7 +145,9 @@ class CausalLM(Model):
 
     def embedding_table(self) -> Table:
         table, scale = self.token_embedder.table(), self.config.embedding_scale
-        return table if scale == 1.0 else ScaledTable(table=table, scale=scale)
+        if scale == 1.0:
+            return table
+        return ScaledTable(table=table, scale=scale, dtype=self.dtype)
 
     def read(
         self,

@@ -120,7 +120,9 @@ class T5Gemma(Model):
 
     def embedding_table(self) -> Table:
         config = self.config
-        table: Table = ScaledTable(table=self.token_embedder.table(), scale=config.embedding_scale)
+        table: Table = ScaledTable(
+            table=self.token_embedder.table(), scale=config.embedding_scale, dtype=self.dtype
+        )
         if config.eoi < 0:
             return table
         return _TableWithEoi(table=table, eoi=config.eoi, eoi_D=self.eoi_embedding.get_value())

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prompt_tuning_jax.checkpoints import train_state
-from prompt_tuning_jax.checkpoints.hf.config import CONFIG
+from prompt_tuning_jax.checkpoints.hf.config_files import CONFIG
 from prompt_tuning_jax.config.experiment import Experiment, Model
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.conversion import export_model

@@ -1,6 +1,5 @@
 """What a folder of prompts is taken for, and what survives a damaged one."""
 
-import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,11 +143,10 @@ def test_only_the_modes_that_are_asked_for_are_answered(tmp_path: Path) -> None:
     experiment = Experiment(model=Model(name_or_path=str(model_folder())))
     write_prompt(tmp_path / "one.npy")
     service = open_service(experiment, str(tmp_path), serving=SERVING)
-    service.state = "ready"
     for mode in ("score", "generate"):
         request = PredictRequest.model_validate({"inputs": ["ban"], "mode": mode})
         with pytest.raises(RefusedError, match=f"started without mode {mode}"):
-            asyncio.run(service.predict(request))
+            service._parser.parse(request)
     with pytest.raises(UserError, match="modes is empty"):
         open_service(experiment, str(tmp_path), serving=replace(SERVING, modes=()))
 

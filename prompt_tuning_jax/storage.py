@@ -127,7 +127,8 @@ def natural_order(name: str) -> list[tuple[bool, int, str]]:
 def user_cache(name: str) -> Path:
     """Returns ``$XDG_CACHE_HOME/prompt_tuning_jax/NAME``.
 
-    ``~/.cache`` is used if that is not set.
+    ``~/.cache`` is used if that is not set, or relative, as the XDG specification says.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "prompt_tuning_jax" / name
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+    return base / "prompt_tuning_jax" / name

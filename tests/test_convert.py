@@ -206,6 +206,11 @@ def test_a_prompt_of_another_model(program: Program, tmp_path: Path) -> None:
     ):
         assert "was trained for another model" in program.refused("convert", *words)
         program("convert", *words, "--allow_other_model", "--overwrite")
+    # It is then a prompt of this model, with all that a file says about its model.
+    program("convert", p, q, "--model", model, "--allow_other_model", "--overwrite")
+    moved = load_prompt_with_metadata(q)[1]
+    assert (moved.model_fingerprint, moved.model_name) == (known.model_fingerprint, str(model))
+    assert "0" * 16 in moved.origin
     save_prompt(tmp_path / "wide.npy", prompt(width=24))
     words = (tmp_path / "wide.npy", tmp_path / "w.safetensors", "--model", model)
     assert f"width 24, but the model has width {cases.WIDTH}" in program.refused("convert", *words)

@@ -80,6 +80,7 @@ def require_final_prompts(folder: Path) -> None:
         if record.is_machine_of_recording():
             np.testing.assert_array_equal(prompt, recorded, err_msg=anew)
         else:
-            # Another XLA, or other vector instructions, add up the same terms in another order.
-            atol = 1e-5 * abs(recorded).max()
+            # Another XLA, or other vector instructions, add up the same terms in another order,
+            # and each step of training starts from the differences of those before it.
+            atol = 1e-4 * abs(recorded).max()
             np.testing.assert_allclose(prompt, recorded, rtol=0, atol=atol, err_msg=anew)

@@ -21,7 +21,12 @@ from prompt_tuning_jax.analysis.words import (
     token_text,
 )
 from prompt_tuning_jax.checkpoints import run_folder
-from prompt_tuning_jax.checkpoints.prompt_file import StoredPrompt, check_fits, in_model_space
+from prompt_tuning_jax.checkpoints.prompt_file import (
+    StoredPrompt,
+    check_fits,
+    in_model_space,
+    joined_as,
+)
 from prompt_tuning_jax.checkpoints.run_folder import member_names
 from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.experiment import Experiment
@@ -227,7 +232,7 @@ def _analyze(
         data = dataclasses.replace(experiment.data, max_eval_examples=examples)
         own_files = bool(data.train or data.eval)
         effects = leave_one_out(
-            dataclasses.replace(experiment, data=data),
+            dataclasses.replace(experiment, data=data, method=joined_as(path, stored.metadata)),
             prompt_PD,
             labels=labels if own_files and not data.labels else (),
         )

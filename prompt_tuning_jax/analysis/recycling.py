@@ -25,7 +25,7 @@ from prompt_tuning_jax.checkpoints.load import ModelCheckpoint
 from prompt_tuning_jax.checkpoints.parameters import EMBEDDING
 from prompt_tuning_jax.checkpoints.prompt_file import check_fits, in_model_space, save_prompt
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary, load_vocabulary
-from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.inference.prompt_sources import prompt_paths, read_all
 from prompt_tuning_jax.storage import expanded
 from prompt_tuning_jax.typing import Array, HostArray
@@ -98,7 +98,7 @@ def fit_recycler(
 
 
 def relative_error(actual: HostArray, expected: HostArray) -> float:
-    """Returns the norm of the difference, divided by the norm of ``wanted``."""
+    """Returns the norm of the difference, divided by the norm of ``expected``."""
     length = float(np.linalg.norm(expected))
     return float(np.linalg.norm(actual - expected)) / (length or 1.0)
 
@@ -108,6 +108,8 @@ def _fit(source_ND: HostArray, target_NE: HostArray, fit: Fit) -> Recycler:
         return _linear(source_ND, target_NE)
     if fit.by == "mlp":
         return _mlp(source_ND, target_NE, fit)
+    if fit.by != "combination":
+        raise UserError(f"by is {fit.by!r}: {suggest(fit.by, BY)}")
     return lambda vectors_XD: as_combinations(vectors_XD, source_ND, terms=fit.terms) @ target_NE
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints.destination import atomic_write_to, require_free
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, StoredPrompt, save_prompt
-from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.inference.prompt_sources import as_paths, prompt_paths, read_all
 from prompt_tuning_jax.storage import expanded
 from prompt_tuning_jax.typing import Array, HostArray
@@ -30,6 +30,8 @@ def similarity(a_PD: Array | HostArray, b_QD: Array | HostArray, *, by: By = "me
     the mean cosine over all pairs of positions; it is 1 only if all positions have the same
     direction.  Vectors of zeros have cosine 0 with any vector.
     """
+    if by not in BY:
+        raise UserError(f"by is {by!r}: {suggest(by, BY)}")
     a, b = np.asarray(a_PD, np.float64), np.asarray(b_QD, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise UserError(f"prompts {list(a.shape)} and {list(b.shape)} have no width in common")
@@ -186,6 +188,8 @@ def _write_mixture(
     metadata = PromptMetadata(
         model_fingerprint=known.model_fingerprint,
         model_name=known.model_name,
+        model_type=known.model_type,
+        embedding_scale=known.embedding_scale,
         combine=placements.pop() if len(placements) == 1 else "",
         origin=f"mixture by similarity ({by}): {', '.join(shares)}",
     )

@@ -177,8 +177,16 @@ def _write(
 def with_model(
     metadata: PromptMetadata, config: ModelConfig, *, name: str, fingerprint: str
 ) -> PromptMetadata:
-    """Returns the metadata with those of the frozen model."""
+    """Returns the metadata with those of the frozen model.
+
+    A prompt that was trained for another model, and is converted nevertheless, is then one for this
+    model, and ``origin`` names the other.
+    """
     scale = getattr(config, "embedding_scale", 1.0)
+    trained_for = metadata.model_fingerprint
+    if fingerprint and trained_for not in ("", fingerprint):
+        origin = metadata.origin or f"trained for {metadata.model_name} ({trained_for})"
+        metadata = dataclasses.replace(metadata, model_name="", model_fingerprint="", origin=origin)
     return dataclasses.replace(
         metadata,
         model_name=metadata.model_name or name,

@@ -437,20 +437,20 @@ def metadata_from_strings(strings: dict[str, str], *, path: Path) -> PromptMetad
 
 def _labels(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
-        raise ValueError("labels are a list of strings")
+        raise UserError("labels must be a list of strings")
     return tuple(value)
 
 
 def _mixture(value: Any) -> tuple[TrainedTask, ...]:
     if not isinstance(value, list):
-        raise ValueError("a mixture is a list of tasks")
+        raise UserError("mixture must be a list of tasks")
     tasks = []
     for one in value:
         if not isinstance(one, dict) or not isinstance(one.get("name"), str):
-            raise ValueError("each task of a mixture has a name")
+            raise UserError("each task of a mixture must have a name")
         template = one.get("inputs_template", "")
         if not isinstance(template, str):
-            raise ValueError("inputs_template is a text")
+            raise UserError("inputs_template must be a text")
         tasks.append(
             TrainedTask(
                 name=one["name"],

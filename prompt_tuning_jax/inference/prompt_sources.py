@@ -22,6 +22,11 @@ def prompt_paths(source: str | Path) -> list[str]:
         if not source.is_dir():
             run = run_config(str(folder))
             if run is None or run.method.saves_prompts:
+                if (folder / run_folder.TUNED).is_dir():
+                    raise UserError(
+                        f"{folder} is a run that saved more than a prompt, in {run_folder.TUNED}/: "
+                        "there is no plain prompt in it"
+                    )
                 raise UserError(
                     f"{folder} is a run that holds no prompts: it has no {source.name}/ yet"
                 )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prompt_tuning_jax.config.experiment import Experiment
+from prompt_tuning_jax.config.methods import method_name
 from prompt_tuning_jax.distributed.sharding import Partitioner
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import DecodeConfig, label_scores, write
@@ -83,6 +84,13 @@ def abstract_experiment(
         raise UserError(
             "model.weights=quantized depends on a file's types, which are not planned; plan with "
             "model.quantization=int8 or int4"
+        )
+
+    method = experiment.method
+    if method.scores_labels or method.num_context_examples():
+        raise UserError(
+            f"plan knows no labels and texts, on which the size of method={method_name(method)} "
+            "depends; plan prompt_tuning or prefix_tuning of a similar length"
         )
 
     def made() -> tuple[Any, Any]:

@@ -113,7 +113,7 @@ class LabelObjective(Objective):
         """Draws the number of classes, of tokens in each class, and of tokens in the text."""
         few = random.random() < 0.4 or self.most_classes < 3
         classes = 2 if few else random.randint(3, self.most_classes)
-        size = random.randint(1, self.class_tokens // classes)
+        size = random.randint(1, max(1, self.class_tokens // classes))
         length = 1 if random.random() < 0.2 else random.randint(4, self.text_tokens)
         return classes, size, length
 

@@ -45,6 +45,8 @@ class LabelBySimilarity(LabelObjective):
             near = [_labels(table, table.neighbors_CM.shape[1], random) for _ in range(classes)]
         else:
             near = [table.neighbors_CM[i].tolist() for i in _distinct(table, classes, random)]
+        # At least one neighbor is left out of a class, for the text.
+        size = min(size, table.neighbors_CM.shape[1] - 1)
         groups = [[words[0], *random.sample(words[1:], size - 1)] for words in near]
         right = random.randrange(classes)
         draw = random.random()

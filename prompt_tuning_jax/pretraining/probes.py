@@ -79,7 +79,7 @@ class Probe:
         self._start, self._step, _ = build.build_step(self._experiment, self._members)
 
     def score(self, weights: FlatParams) -> float:
-        """Tunes a prompt on ``weights`` and returns the task's first metric.
+        """Tunes a prompt on ``weights`` and returns the score by which evaluation chooses.
 
         The names of ``weights`` are those that FullTuning uses.
         """

@@ -23,6 +23,7 @@ import numpy as np
 
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.storage import user_cache
 
 SUFFIXES = (".txt", ".xz", ".gz")
 
@@ -68,12 +69,12 @@ def load_corpus(
     if max_files is not None and max_files < 1:
         raise UserError(f"max_files must be 1 or more, not {max_files}")
     files = text_files(path)[:max_files]
-    root = Path(cache_dir) if cache_dir is not None else _default_cache()
-    folder = root / f"corpus-{_key(files, vocabulary)}"
+    name = f"corpus-{_key(files, vocabulary)}"
+    folder = user_cache(name) if cache_dir is None else Path(cache_dir) / name
     corpus = _open(folder)
     if corpus is None:
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
             _build(files, vocabulary, folder=folder, progress=progress)
         except OSError as error:
             raise UserError(f"cannot write the corpus cache {folder}: {error}") from None
@@ -121,12 +122,6 @@ def open_text(file: Path) -> Iterator[tuple[TextIO, IO[bytes]]]:
         raise UserError(f"{file}: damaged compressed file ({error})") from None
     except OSError as error:
         raise UserError(f"{file}: cannot read it: {error.strerror}") from None
-
-
-def _default_cache() -> Path:
-    # The XDG specification says to ignore a relative $XDG_CACHE_HOME.
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "prompt_tuning_jax"
 
 
 def _key(files: Sequence[Path], vocabulary: AnyVocabulary) -> str:

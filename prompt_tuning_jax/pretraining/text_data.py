@@ -157,6 +157,11 @@ def build_text_data(experiment: Experiment, vocabulary: AnyVocabulary) -> TextDa
     else:
         held_out = max(math.ceil(len(train.tokens) * HELD_OUT), 4 * data.inputs_length)
         evaluation = replace(train, tokens=train.tokens[-held_out:])
+        if held_out >= len(train.tokens):
+            raise UserError(
+                f"data.train has {len(train.tokens):,} tokens, and {held_out:,} of them would be "
+                "held out for evaluation: train on more text, or set data.eval"
+            )
         train = replace(train, tokens=train.tokens[:-held_out])
     objective = _objective(data, vocabulary, train, block)
     for corpus in (train, evaluation):  # fail early on too little text or too few sentinels

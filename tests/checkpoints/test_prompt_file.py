@@ -180,10 +180,19 @@ def test_missing_files_folders_and_other_arrays(tmp_path: Path) -> None:
             load_prompt(tmp_path / "t.safetensors")
 
 
-@pytest.mark.parametrize(("key", "value"), [("seed", "one"), ("score", "x"), ("labels", "[1]")])
-def test_damaged_metadata(tmp_path: Path, key: str, value: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("seed", "one", "seed must be a number"),
+        ("score", "x", "score must be a number"),
+        ("labels", "[1]", "labels must be a list of strings"),
+        ("mixture", "{}", "mixture must be a list of tasks"),
+        ("mixture", "[{}]", "each task of a mixture must have a name"),
+    ],
+)
+def test_damaged_metadata(tmp_path: Path, key: str, value: str, message: str) -> None:
     save_file({"prompt": PROMPT}, tmp_path / "p.safetensors", metadata={key: value, "format": "np"})
-    with pytest.raises(UserError, match=key):
+    with pytest.raises(UserError, match=message):
         load_prompt(tmp_path / "p.safetensors")
 
 

@@ -141,6 +141,12 @@ def test_logits_of_the_original(shared: Path, tmp_path: Path, model: Model, name
         jax.tree.map(np.testing.assert_array_equal, dict(trained), again)
 
 
+@pytest.mark.parametrize("method", [PromptTuning(), DeepPrompts(), MultitaskPrompts(combine="sum")])
+def test_arrays_of_another_method_are_refused(method: MethodConfig) -> None:
+    with pytest.raises(UserError, match="it holds method/other, which are not arrays of"):
+        t5x_arrays(method, {"method/other": np.zeros((2, D))}, CONFIG, of="it")
+
+
 def test_commands_on_such_checkpoints(shared: Path, tmp_path: Path) -> None:
     source, trained = shared / TINY, trained_arrays("ia3")
     folder = write_t5x(tmp_path, open_t5x(source).stored, step=3, trained=trained)

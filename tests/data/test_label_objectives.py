@@ -90,6 +90,15 @@ def _with_more_kinds(dictionary: Dictionary) -> Dictionary:
     )
 
 
+def test_long_inputs_ask_for_no_more_words_than_a_class_has(
+    words: WordTable, corpus: Corpus, vocabulary: Vocabulary
+) -> None:
+    objective = LabelBySimilarity(words=words, **{**LENGTHS, "inputs_length": 128})
+    assert objective.class_tokens // 2 > words.neighbors_CM.shape[1]
+    for index in range(COUNT):
+        objective.example(corpus, vocabulary, index=index, seed=0)
+
+
 class Example:
     """Inputs taken apart: classes, each from its start on, text, answer."""
 

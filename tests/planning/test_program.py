@@ -11,8 +11,9 @@ import pytest
 
 from prompt_tuning_jax.config.experiment import Data, Evaluation, Experiment, Model, Training
 from prompt_tuning_jax.distributed.sharding import Partitioner, make_mesh
+from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.setup import attach_members
-from prompt_tuning_jax.methods import FullTuning, PromptTuning
+from prompt_tuning_jax.methods import CPT, WARP, FullTuning, PromptTuning
 from prompt_tuning_jax.planning.program import abstract_experiment, compile_eval, compile_train
 from prompt_tuning_jax.training import build
 from tests.devices import with_devices
@@ -40,6 +41,13 @@ def test_shapes_are_those_of_the_real_experiment(method):
     assert shapes(abstract.state) == shapes(state)
     assert shapes(abstract.members.frozen) == shapes(members.frozen)
     assert abstract.members.mask == members.mask
+
+
+@pytest.mark.parametrize("method", [WARP(length=2), CPT()])
+def test_methods_that_need_labels_or_texts_are_not_planned(method):
+    experiment = dataclasses.replace(EXPERIMENT, method=method)
+    with pytest.raises(UserError, match="plan knows no labels and texts"):
+        abstract_experiment(experiment, T5_1_1, Partitioner(mesh=make_mesh()))
 
 
 EIGHT = """

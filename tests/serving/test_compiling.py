@@ -244,7 +244,7 @@ def test_what_is_asked_for_is_compiled_sooner() -> None:
     ideal = engine.program_for("score", [row], 1)
     for _ in range(3):
         engine.usable("score", [row])
-    assert engine.compiler._asked.most_common(1)[0][0] == ideal
+    assert engine.compiler._requests.most_common(1)[0][0] == ideal
     engine.compiler._todo.pop(ideal)
     engine.compiler.made[ideal] = engine.all[ideal]
     assert engine.usable("score", [row]) != ideal  # not before its time is known
@@ -268,7 +268,7 @@ def test_short_rows_use_long_slots_until_theirs_can_be_decoded() -> None:
             pass
     assert engine.slots_for(program) == short.slots
     assert engine.usable("generate", [row]) == program
-    assert {*engine.compiler._asked} >= {reads, decodes}
+    assert {*engine.compiler._requests} >= {reads, decodes}
 
 
 def test_the_server_is_ready_with_the_first_and_takes_up_the_others(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from prompt_tuning_jax.data.tasks.wording import Wording
 from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary, ByteVocabulary
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.serving.request_parser import RequestParser
 from prompt_tuning_jax.serving.schema import Limits, PredictRequest, RefusedError
 from prompt_tuning_jax.serving.tasks import ServedPrompt, ServedTask, Tasks
@@ -28,7 +29,9 @@ def parse(
 ) -> tuple[list[int], bool]:
     shapes = SimpleNamespace(modes=("generate",), longest=30, longest_target=8, max_new_tokens=8)
     config = config or SimpleNamespace(reads_images=False)
-    engine: Any = SimpleNamespace(vocabulary=words, shapes=shapes, config=config)
+    engine: Any = SimpleNamespace(
+        vocabulary=words, shapes=shapes, config=config, causal=isinstance(config, CausalLMConfig)
+    )
     tasks = {
         "plain": ServedTask(name="plain", prompts=(PROMPT,)),
         "chat": ServedTask(name="chat", prompts=(PROMPT,), wording=Wording(chat=True)),

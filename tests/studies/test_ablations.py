@@ -26,6 +26,7 @@ from prompt_tuning_jax.methods import (
     AdaptionPrompt,
     DescribedPrompts,
     PromptDesign,
+    PromptTuning,
     method_name,
 )
 from prompt_tuning_jax.studies.ablations import adaptation, points, run
@@ -155,9 +156,36 @@ def test_an_ablation_is_written_and_never_computed_twice(
         ablate(of, grid_of_inits, Settings(at_once=2), quiet=True)
 
 
+@pytest.mark.parametrize("search", [False, True])
+def test_a_run_on_other_data_is_not_scored(tmp_path: Path, search: bool) -> None:
+    """Even if what was stopped before it had scores was a finished training."""
+    own = tmp_path / "train.jsonl"
+    shutil.copy(tiny_run.train_file(), own)
+    of = experiment(tmp_path / "study", {**SHORT, "data.train": str(own)})
+    values, settings = grid("method", "prompt_tuning"), Settings(search=search)
+    ablate(of, values, settings, quiet=True)
+    for file in (tmp_path / "study").rglob(points.POINT):
+        file.unlink()
+    own.write_text("".join(own.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match="a run on other data or weights"):
+        ablate(of, values, settings, quiet=True)
+
+
+def test_another_initial_prompt_in_the_same_file_is_noticed(tmp_path: Path) -> None:
+    start = tmp_path / "start.npy"
+    np.save(start, np.ones((tiny_run.LENGTH, 16), np.float32))
+    method = PromptTuning(length=tiny_run.LENGTH, init="file", init_path=str(start))
+    of = experiment(tmp_path / "study", {**SHORT, "method": method})
+    ablate(of, grid("learning_rate", "0.1"), Settings(), quiet=True)
+    np.save(start, np.zeros((tiny_run.LENGTH, 16), np.float32))
+    with pytest.raises(UserError, match="other settings, data or weights"):
+        ablate(of, grid("learning_rate", "0.1"), Settings(), quiet=True)
+
+
 def test_the_best_of_a_loss_is_the_lowest() -> None:
     axis = AXES["length"]
-    cell = Cell(value=Value(name="1"), line=None, seeds=(0, 1, 2), scores=(0.3, 0.9, 0.5))
+    scores = (math.nan, 0.9, 0.3)
+    cell = Cell(value=Value(name="1"), line=None, seeds=(0, 1, 2), scores=scores)
     results = Results(
         grid=Grid(axis=axis, values=(cell.value,)),
         cells=(cell,),

@@ -313,7 +313,15 @@ def _read_torch(path: Path) -> dict[Any, HostArray]:
         ) from error
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise UserError(f"{path} contains something other than tensors by name")
-    return {name: _from_torch(tensor, torch) for name, tensor in tensors.items()}
+    arrays = {}
+    for name, tensor in tensors.items():
+        try:
+            arrays[name] = _from_torch(tensor, torch)
+        except (TypeError, RuntimeError) as error:  # sparse tensors, and types that NumPy lacks
+            raise UserError(
+                f"{path}: {name} is a tensor of {tensor.dtype}, {tensor.layout}, which is not read"
+            ) from error
+    return arrays
 
 
 def _from_torch(tensor: Any, torch: Any) -> HostArray:

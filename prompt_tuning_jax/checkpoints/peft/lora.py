@@ -62,7 +62,7 @@ def read_lora(
     file: Path,
 ) -> tuple[LoRA, dict[str, HostArray]]:
     """Returns the method and its arrays by path; errors are those of ``read_peft_weights``."""
-    rank, init = described.get("r"), described.get("init_lora_weights")
+    rank, init = described.get("r", 8), described.get("init_lora_weights")
     if type(rank) is not int or rank < 1:
         raise UserError(f"{where}: r is {shown(rank)}; it must be a positive integer")
     if init not in _INITS:

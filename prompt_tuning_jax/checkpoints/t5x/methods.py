@@ -39,6 +39,7 @@ _NPY_MAGIC = b"\x93NUMPY"
 _SHARED = "encoder/prompt/prompt/shared_prompt"
 _TASKS = "encoder/prompt/prompt/task_prompts/embedding"
 _LAYER = "encoder/layers_{}/prompt/prompt/prompt"
+_LAYERED = "method/vectors/prompts_PD"
 _OF_LAYER = re.compile(r"encoder/layers_(\d+)/prompt/prompt/prompt")
 _SCALE = re.compile(r"(.+)/(([qkv])_conv|intermediate_conv)/ia3_scaling")
 _PROJECTIONS = {"q": "query", "k": "key", "v": "value"}
@@ -291,6 +292,11 @@ def t5x_arrays(
             f"{of}: method.decoder_length is {method.decoder_length}, and prompts of the decoder "
             "are not written into T5X checkpoints"
         )
+    expected = {PromptTuning: "method/prompt_PD", DeepPrompts: _LAYERED}.get(type(method))
+    shared = isinstance(method, MultitaskPrompts) and not any(map(_is_shared, arrays))
+    if shared or (expected is not None and list(arrays) != [expected]):
+        listed = ", ".join(sorted(arrays)[:5]) or "nothing"
+        raise UserError(f"{of} holds {listed}, which are not arrays of {method_name(method)}")
     if isinstance(method, PromptTuning):
         return {PROMPT: arrays["method/prompt_PD"]}
     if isinstance(method, DeepPrompts):
@@ -336,7 +342,7 @@ def lost_settings(method: MethodConfig) -> list[str]:
 
 def _written_layers(method: DeepPrompts, arrays: _Arrays, config: T5Config, *, of: str) -> _Arrays:
     layers = config.num_encoder_layers
-    stored_PD = arrays["method/vectors/prompts_PD"]
+    stored_PD = arrays[_LAYERED]
     if len(set(method.lengths)) > 1:
         raise UserError(f"{of}: in the original code the prompts of all layers have one length")
     length = method.prompt_positions()
@@ -350,8 +356,12 @@ def _written_layers(method: DeepPrompts, arrays: _Arrays, config: T5Config, *, o
     return {PROMPT: prompts[0], **layered}
 
 
+def _is_shared(name: str) -> bool:
+    return name.startswith("method/shared_")
+
+
 def _written_tasks(arrays: _Arrays) -> _Arrays:
-    shared = next(a for n, a in arrays.items() if n.startswith("method/shared_"))
+    shared = next(array for name, array in arrays.items() if _is_shared(name))
     order = ("method/task_NQD", "method/task_NPA", "method/kernel_NDS", "method/bias_ND")
     parts = [arrays[name] for name in order if name in arrays]
     tasks = np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)

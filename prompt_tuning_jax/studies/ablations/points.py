@@ -86,8 +86,10 @@ def score_group(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, 
             "examples": data_of(tested_on(of, settings), training=False),
         }
     )
-    if starts := digests_of(path for _, path in map(split_init, of.training.inits) if path):
-        wanted["starts"] = starts
+    starts = [path for _, path in map(split_init, of.training.inits) if path]
+    starts.append(getattr(of.method, "init_path", ""))
+    if digests := digests_of(path for path in starts if path and expanded(path).is_file()):
+        wanted["starts"] = digests
     file = folder / POINT
     model = build_model(of)
     if file.is_file():
@@ -136,6 +138,7 @@ def _trained(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dic
             of, optimizer=dataclasses.replace(of.optimizer, learning_rate=rate)
         )
         of = with_training(of, workdir=str(folder / "seeds"))
+    claim_data(of)
     run = train(of, quiet=quiet)
     if not run.finished:
         return run.stopped_by, {}
@@ -178,16 +181,15 @@ def _searched(
     for start in range(0, len(rates), at_once):
         tried = rates[start : start + at_once]
         name = "search" if tried == rates else f"search_{start}_to_{start + len(tried) - 1}"
-        run = train(
-            with_training(
-                of,
-                seeds=of.training.seeds[:1] * len(tried),
-                learning_rates=tried,
-                inits=(),
-                workdir=str(workdir_of(of) / name),
-            ),
-            quiet=quiet,
+        search = with_training(
+            of,
+            seeds=of.training.seeds[:1] * len(tried),
+            learning_rates=tried,
+            inits=(),
+            workdir=str(workdir_of(of) / name),
         )
+        claim_data(search)
+        run = train(search, quiet=quiet)
         if not run.finished:
             return run.stopped_by, []
         scores += [best.metrics[metric] if best else float("nan") for best in run.best]

@@ -11,7 +11,7 @@ import numpy as np
 
 from prompt_tuning_jax.checkpoints import run_folder
 from prompt_tuning_jax.config.experiment import Data
-from prompt_tuning_jax.data.tasks.metrics import Direction
+from prompt_tuning_jax.data.tasks.metrics import Direction, best_of
 from prompt_tuning_jax.storage import atomic_write
 from prompt_tuning_jax.studies.ablations.axes import Axis, Value
 from prompt_tuning_jax.studies.ablations.grid import Grid
@@ -99,7 +99,7 @@ def lines_of(results: Results) -> list[str]:
         extra = _extra_columns(results.cells)
         rows[0] += list(extra)
         for cell in results.cells:
-            best = f"{(min if results.direction == 'min' else max)(cell.scores):.1f}"
+            best = f"{cell.scores[best_of(cell.scores, results.direction)]:.1f}"
             row = [_shown(cell.value), _mean_and_std(cell), best]
             rows.append([*row, *(column(cell) for column in extra.values())])
     return [*markdown_rows(rows), "", *_notes(results)]

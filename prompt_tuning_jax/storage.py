@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from prompt_tuning_jax.errors import UserError
 
@@ -44,6 +45,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def text_output(path: str | Path) -> Iterator[TextIO]:
+    """Yields a text file that is written to ``path``, atomically unless that is a device.
+
+    A device, such as /dev/stdout, is written to as it is: renaming a file to it would replace it.
+    """
+    place = Path(path)
+    is_device = place.as_posix().startswith(("/dev/", "/proc/"))
+    if is_device or (place.exists() and not place.is_file()):
+        try:
+            with place.open("w", encoding="utf-8") as file:
+                yield file
+        except OSError as error:
+            raise _cannot_write(place, error) from error
+        return
+    with atomic_write(place) as temporary, temporary.open("w", encoding="utf-8") as file:
+        yield file
 
 
 @contextmanager

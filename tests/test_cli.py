@@ -571,7 +571,8 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         "rows = [('field', 'value')] * 100_000\n"
         "from prompt_tuning_jax.inference import inspection\n"
         "inspection.inspect = lambda path: rows\n"
-        "from prompt_tuning_jax.cli.main import main\n"
+        "from prompt_tuning_jax.storage import text_output
+from prompt_tuning_jax.cli.main import main\n"
         "sys.exit(main(['inspect', '.']))\n"
     )
     with subprocess.Popen(
@@ -582,6 +583,20 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(timeout=60) == 0
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """As /dev/stdout is, which may lead to a file."""
+    file = tmp_path / "out.txt"
+    with file.open("w") as opened:
+        inode = file.stat().st_ino
+        with text_output(f"/proc/self/fd/{opened.fileno()}") as written:
+            written.write("scores")
+    assert (file.read_text(), file.stat().st_ino) == ("scores", inode)
+    with text_output(tmp_path / "other.txt") as written:
+        written.write("more")
+        assert not (tmp_path / "other.txt").exists()
+    assert (tmp_path / "other.txt").read_text() == "more"
 
 
 def test_the_home_of_the_user_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

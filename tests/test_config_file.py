@@ -99,7 +99,7 @@ def test_a_mistake_in_the_code_keeps_its_traceback(
         load_config(write(config, body))
 
 
-def test_the_config_of_a_run(tmp_path: Path) -> None:
+def test_the_config_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = Experiment(training=Training(steps=7))
     run = tmp_path / "run"
     (run / "prompts").mkdir(parents=True)
@@ -110,6 +110,8 @@ def test_the_config_of_a_run(tmp_path: Path) -> None:
     (run / "experiment.json").write_text(to_json(experiment))
     assert run_config(str(run)) == experiment
     assert run_config(str(prompt)) == experiment
+    monkeypatch.chdir(prompt.parent)
+    assert run_config(prompt.name) == run_config(".") == experiment
     (run / "experiment.json").write_text('{"trainin": {}}')
     for path in (run, prompt):
         with pytest.raises(UserError, match=r"run/experiment\.json: there is no field 'trainin'"):

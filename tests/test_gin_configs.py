@@ -209,6 +209,10 @@ def test_an_include_stays_within_the_folders_it_was_given(folder: Path) -> None:
         ("A = 3\nTraining.steps = %B", ["line 1", "nothing uses the macro 'A'"]),
         ("STEPS = 3\nSTEP = 3\nTraining.steps = %STEPS", ["line 2", "'STEP'", "'STEPS'"]),
         ("A = %B\nB = %A\nTraining.steps = %A", ["refers to itself"]),
+        (
+            "\n".join(f"A{i} = %A{i + 1}" for i in range(2000)) + "\nTraining.steps = %A0",
+            ["more than 100 macros lead to"],
+        ),
         ("A = %gin.REQUIRED\nTraining.steps = %A", ["A must be given", "--gin.A=VALUE"]),
         ("Training.steps = %gin.REQUIRED", ["Training.steps must be given"]),
         ("include 'own.gin'", ["own.gin", "itself"]),

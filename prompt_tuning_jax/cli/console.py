@@ -77,17 +77,22 @@ def require_folders(**paths: str | None) -> None:
             raise UserError(f"--{name} {path}: there is no folder {Path(path).parent}")
 
 
+def require_written_form(option: str, path: str | None) -> None:
+    """Raises UserError for the suffix of a format that is read and not written."""
+    if path and Path(path).suffix.lower() in (".gz", ".parquet", ".xlsx"):
+        raise UserError(
+            f"--{option} {path}: this format is not written; name a .jsonl, .json, .csv or .tsv "
+            "file, or one of another kind"
+        )
+
+
 def write_text(name: str, text: str, what: str) -> None:
     """Writes a file, and says so on stderr.
 
     The write is atomic, unless the file is a device such as /dev/stdout.
     """
-    from prompt_tuning_jax.storage import atomic_write
+    from prompt_tuning_jax.storage import text_output
 
-    path = Path(name)
-    if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
-    else:
-        with atomic_write(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    with text_output(name) as file:
+        file.write(text)
     print(f"wrote {what} to {name}", file=sys.stderr)

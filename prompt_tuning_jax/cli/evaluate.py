@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from prompt_tuning_jax.cli.arguments import option, positional
-from prompt_tuning_jax.cli.console import counted, require_folders, write_text
+from prompt_tuning_jax.cli.console import counted, require_folders, require_written_form, write_text
 from prompt_tuning_jax.cli.experiment import (
     ConfigOptions,
     DataOptions,
@@ -33,6 +33,7 @@ class Eval(DeviceOptions, DataOptions, ConfigOptions, PromptOptions):
 
     def run(self) -> None:
         require_folders(output=self.output, predictions=self.predictions)
+        require_written_form("predictions", self.predictions)
         experiment = self.experiment()
         if self.data and not experiment.data.eval and not self.split:
             raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from prompt_tuning_jax.cli.arguments import mirrors, option, positional
-from prompt_tuning_jax.cli.console import counted, require_folders, write_text
+from prompt_tuning_jax.cli.console import counted, require_folders, require_written_form, write_text
 from prompt_tuning_jax.cli.experiment import ConfigOptions, DeviceOptions, PromptOptions
 from prompt_tuning_jax.errors import UserError, printable_json, printable_lines
 
@@ -40,11 +40,7 @@ class Predict(DeviceOptions, ConfigOptions, PromptOptions):
 
     def run(self) -> None:
         require_folders(output=self.output)
-        if self.output and Path(self.output).suffix.lower() in (".gz", ".parquet", ".xlsx"):
-            raise UserError(
-                f"--output {self.output}: this format is not written; name a .jsonl, .json, .csv "
-                "or .tsv file, or one of another kind for lines of text"
-            )
+        require_written_form("output", self.output)
         inputs = self._inputs()
         from prompt_tuning_jax.distributed.processes import is_primary
         from prompt_tuning_jax.inference.prediction import UNDESCRIBED, predict

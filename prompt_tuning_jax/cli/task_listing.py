@@ -4,13 +4,11 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from prompt_tuning_jax.data.batching.tokenize import encode_inputs
 from prompt_tuning_jax.data.tasks.labels import listed_counts
 from prompt_tuning_jax.data.tasks.registry import get_mixture, get_task, task_names
-from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import has_label
 from prompt_tuning_jax.data.tasks.t5_tasks.registry import (
     ALIASES,
     FORMS,
@@ -23,7 +21,7 @@ from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
 from prompt_tuning_jax.data.tasks.task import Example, Task
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.storage import atomic_write
+from prompt_tuning_jax.storage import text_output
 
 _TITLES = {
     "super_glue": "SuperGLUE",
@@ -119,7 +117,7 @@ def examples(
             shown |= example
             sides = zip(("inputs", "targets"), _ids(task, [example], words)[0], strict=True)
             for side, ids in sides:
-                if side == "targets" and not has_label(example):
+                if side == "targets" and not task.labeled([example]):
                     shown["targets"] = "(none: this split has no labels)"
                     continue
                 shown[f"{side}_ids"] = ids
@@ -143,7 +141,7 @@ def statistics(
         lengths: dict[str, list[int]] = {"inputs": [], "targets": []}
         rows = task.load(split, data_dir)
         while some := list(islice(rows, _TEXTS_AT_ONCE)):
-            counts.update(example["targets"] for example in some if has_label(example))
+            counts.update(some[number]["targets"] for number in task.labeled(some))
             for inputs, targets in _ids(task, some, words):
                 lengths["inputs"].append(len(inputs))
                 lengths["targets"].append(len(targets))
@@ -191,7 +189,7 @@ def dump(
     words = _vocabulary(model, vocabulary)
     task = get_task(name)
     number = 0
-    with atomic_write(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with text_output(path) as file:
         rows = task.load(split, data_dir)
         while some := list(islice(rows, _TEXTS_AT_ONCE)):
             for example, (inputs_ids, targets_ids) in zip(

@@ -1,7 +1,7 @@
 """``prompt-tuning train``."""
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from prompt_tuning_jax.cli.arguments import mirrors, positional
@@ -47,7 +47,7 @@ class Train(DeviceOptions, DataOptions, ConfigOptions):
             ("data", "data.train", data.train),
             ("eval_data", "data.eval", data.eval),
         ):
-            if path and field not in given and not Path(path).exists():
+            if path and field not in given and not os.path.exists(os.path.expanduser(path)):
                 raise UserError(
                     f"--{option} is missing: name the file with your examples (the config's "
                     f"{field}={path} does not exist)"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -95,7 +96,7 @@ def saved_config(prompt: str) -> Experiment | None:
 
     It is for comparisons, and never for imports.
     """
-    path = Path(prompt)
+    path = Path(os.path.abspath(prompt))  # a relative one has no parents above the current folder
     for folder in [path, *path.parents][:2] if path.is_dir() else list(path.parents)[:2]:
         file = folder / RUN_CONFIG
         if not file.is_file():

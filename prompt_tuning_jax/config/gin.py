@@ -36,6 +36,7 @@ from prompt_tuning_jax.config.t5x.flags import (
 from prompt_tuning_jax.errors import UserError, suggest
 
 _MODULES = ("", "prompt_tuning_jax", Experiment.__module__)
+_DEEPEST = 100  # macros that refer to each other
 
 
 def experiment_from_gin(
@@ -233,6 +234,8 @@ class _Resolver:
             return value
         if value.name == REQUIRED:
             raise UserError(f"{where}: {name} must be given, with --gin.{name}=VALUE")
+        if len(within) > _DEEPEST:
+            raise UserError(f"{where}: more than {_DEEPEST} macros lead to {name}")
         if value.name in within:
             raise UserError(f"{where}: the macro {value.name!r} refers to itself")
         bound = self._macros.get(value.name)

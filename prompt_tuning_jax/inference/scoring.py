@@ -7,9 +7,8 @@ from pathlib import Path
 from prompt_tuning_jax.data.tasks.registry import get_task
 from prompt_tuning_jax.data.tasks.t5_tasks.leaderboard import submission
 from prompt_tuning_jax.data.tasks.t5_tasks.official_lines import parse_json, text_lines
-from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import has_label
 from prompt_tuning_jax.errors import UserError
-from prompt_tuning_jax.storage import atomic_write
+from prompt_tuning_jax.storage import text_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +45,8 @@ def metrics(
     notes = []
     if leaderboard:
         written = submission(task, examples, texts)
-        with atomic_write(Path(leaderboard)) as aside:
-            aside.write_text("".join(f"{line}\n" for line in written.lines), encoding="utf-8")
+        with text_output(leaderboard) as file:
+            file.writelines(f"{line}\n" for line in written.lines)
         named = Path(leaderboard).name == written.file
         rename = "" if named else f"; the server wants it under the name {written.file}"
         notes.append(f"wrote {leaderboard}{rename}")
@@ -56,7 +55,7 @@ def metrics(
                 f"{written.invalid:,} predictions are not labels and were written as "
                 f"{(*task.labels, 'False')[0]!r}"
             )
-    labeled = [i for i, example in enumerate(examples) if has_label(example)]
+    labeled = task.labeled(examples)
     if not labeled or not task.metrics:
         notes.append(f"{name}, split {split!r}, has no labels: there is nothing to score")
         return Scored(scores=None, notes=tuple(notes))

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from prompt_tuning_jax.config.experiment import Data, Experiment
@@ -19,7 +20,6 @@ from prompt_tuning_jax.data.tasks.t5_tasks.metrics import (
     super_glue_score,
     super_glue_task_score,
 )
-from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import has_label
 from prompt_tuning_jax.data.tasks.t5_tasks.registry import FORMS, Form, form_of, name_in_form
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
 from prompt_tuning_jax.data.tasks.task import Example
@@ -224,7 +224,7 @@ def data_of(experiment: Experiment, *, training: bool = True) -> dict[str, str]:
     mixture = build_mixture(data)
     if data.eval_split == _TEST:
         for task in mixture.evaluated_on(_TEST):
-            if not has_label(next(task.load(_TEST, data.data_dir), {"targets": ""})):
+            if not task.labeled([*islice(task.load(_TEST, data.data_dir), 1)]):
                 raise UserError(
                     f"{task.name} has no split to evaluate on: its test split has no labels"
                 )

@@ -124,7 +124,7 @@ def test_logits_of_the_original(shared: Path, tmp_path: Path, model: Model, name
     run = jax.jit(lambda own: param_tree.merge(graphdef, own)(inputs, targets, task_B=tasks))
     logits = np.asarray(run({**params, **stored.trainable}))[..., ::8192]
     with np.load(LOGITS) as recorded:
-        np.testing.assert_allclose(logits[targets > 0], recorded[name][targets > 0], atol=2e-6)
+        np.testing.assert_allclose(logits[targets > 0], recorded[name][targets > 0], atol=5e-6)
     # Back under the original's names; what has no effect there starts from the first layer's.
     again = t5x_arrays(method, stored.trainable, CONFIG, of="it")
     assert again.keys() == trained.keys()

@@ -84,6 +84,14 @@ def test_idx_files_and_their_labels(tmp_path: Path, ending: str) -> None:
         open_images(str(path), labels=("x", "y"), training=True)
 
 
+def test_an_entry_of_an_npz_file_without_its_suffix(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images", b"")
+        archive.writestr("labels.npy", b"")
+    with pytest.raises(UserError, match="a.npz is damaged"):
+        open_images(str(tmp_path / "a.npz"), training=True)
+
+
 def test_npz_files_of_one_or_several_splits(tmp_path: Path) -> None:
     images_NHW, labels_N = gray(4), np.array([[1], [0], [1], [2]])
     np.savez_compressed(tmp_path / "one.npz", images=images_NHW, labels=labels_N)

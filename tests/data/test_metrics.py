@@ -36,6 +36,12 @@ def test_an_invalid_prediction_is_wrong_in_every_metric():
         assert worse < 100, name
 
 
+def test_accuracy_is_not_for_several_targets():
+    for several in (["a", "b"], {"answers": ["a"]}):
+        with pytest.raises(UserError, match="one target per example"):
+            accuracy([several], ["a"])
+
+
 def test_accuracy_is_exact_and_exact_match_strips():
     assert accuracy(["yes"], ["yes "]) == 0
     assert exact_match(["yes"], [" yes\n"]) == 100

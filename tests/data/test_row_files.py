@@ -63,6 +63,34 @@ def test_one_content_in_every_form(tmp_path, name, text, newline, encoding):
     assert rows_of(write(tmp_path, f"{name}.gz", gzip.compress(content))) == ROWS
 
 
+def test_arrow_with_damaged_offsets_is_refused(tmp_path):
+    """Arrow reads what they point to, wherever that is."""
+    offsets = pa.array([0, 3, 1 << 30, 9], pa.int32()).buffers()[1]
+    texts = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"good, so!"))
+    batch = pa.RecordBatch.from_arrays([texts, texts], ["inputs", "targets"])
+    path = tmp_path / "a.arrow"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    with pytest.raises(UserError, match=r"a\.arrow: cannot be read"):
+        rows_of(path)
+
+
+def test_times_that_python_has_not_are_refused(tmp_path):
+    times = pa.array([1], pa.timestamp("ns"))
+    pq.write_table(
+        pa.table({"inputs": ["a"], "targets": ["b"], "at": times}), tmp_path / "a.parquet"
+    )
+    with pytest.raises(UserError, match=r"a\.parquet: cannot be read"):
+        rows_of(tmp_path / "a.parquet")
+
+
+def test_a_home_in_the_path_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "a.jsonl", JSONL)
+    task = file_task(train="~/a.jsonl", eval="~/a.jsonl")
+    assert len(list(task.load("train"))) == len(ROWS)
+
+
 def test_parquet_and_arrow(tmp_path):
     table = pa.Table.from_pylist(ROWS)
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)

@@ -9,6 +9,7 @@ import pytest
 
 from prompt_tuning_jax.data.batching import example_cache
 from prompt_tuning_jax.data.batching.example_cache import make_ragged
+from prompt_tuning_jax.data.batching.task_data import _labeled
 from prompt_tuning_jax.data.batching.tokenize import check_labels, tokenize
 from prompt_tuning_jax.data.tasks.registry import get_task
 from prompt_tuning_jax.data.tasks.task import Source, Task
@@ -88,6 +89,28 @@ def test_cut_inputs_end_in_eos_and_are_counted(vocabulary, tmp_path):
     assert longer.num_inputs_cut == 0
     assert "cut" not in longer.report()
     assert longer.inputs.padded(np.array([1]), len(whole))[0].tolist() == whole
+
+
+class WithoutEnd(ByteVocabulary):
+    input_end = ()
+
+
+def test_an_ending_that_leaves_no_room_for_a_text_is_refused(tmp_path):
+    """Where inputs have no end of sequence, it is kept, and nothing else would be left."""
+    words = WithoutEnd()
+    run(make(inputs_ending=" of it"), words, tmp_path, inputs_length=len(" of it") + 1)
+    with pytest.raises(UserError, match=r"inputs_length is 6, .* ' of it', has 6 tokens"):
+        run(make(inputs_ending=" of it"), words, tmp_path, inputs_length=len(" of it"))
+
+
+def test_only_labeled_examples_are_evaluated_on(vocabulary, tmp_path):
+    task = make(has_label=lambda example: example["idx"] != 8)
+    (labeled,), (note,) = _labeled([run(task, vocabulary, tmp_path)])
+    assert [example["idx"] for example in labeled.texts] == [7, 9]
+    assert "1 examples have no label and do not count" in note
+    assert _labeled([run(make(), vocabulary, tmp_path)])[1] == []
+    with pytest.raises(UserError, match="has no labels, so nothing can be scored"):
+        _labeled([run(make(has_label=lambda example: False), vocabulary, tmp_path)])
 
 
 def test_cutting_is_that_of_the_original(shared, tmp_path):

@@ -292,11 +292,7 @@ def t5x_arrays(
             f"{of}: method.decoder_length is {method.decoder_length}, and prompts of the decoder "
             "are not written into T5X checkpoints"
         )
-    expected = {PromptTuning: "method/prompt_PD", DeepPrompts: _LAYERED}.get(type(method))
-    shared = isinstance(method, MultitaskPrompts) and not any(map(_is_shared, arrays))
-    if shared or (expected is not None and list(arrays) != [expected]):
-        listed = ", ".join(sorted(arrays)[:5]) or "nothing"
-        raise UserError(f"{of} holds {listed}, which are not arrays of {method_name(method)}")
+    _require_arrays(method, arrays, of=of)
     if isinstance(method, PromptTuning):
         return {PROMPT: arrays["method/prompt_PD"]}
     if isinstance(method, DeepPrompts):
@@ -318,6 +314,18 @@ def t5x_arrays(
     lazy = {name: in_memory(array, where=name) for name, array in theirs.items()}
     read_method(lazy, config, of=of, combined=combined)  # checks names and shapes
     return theirs
+
+
+def _require_arrays(method: MethodConfig, arrays: _Arrays, *, of: str) -> None:
+    """Raises UserError if a damaged file has other arrays than its method."""
+    if isinstance(method, MultitaskPrompts):
+        fits = any(map(_is_shared, arrays)) or method.combine == "low_rank"
+    else:
+        expected = {PromptTuning: "method/prompt_PD", DeepPrompts: _LAYERED}.get(type(method))
+        fits = expected is None or list(arrays) == [expected]
+    if not fits:
+        listed = ", ".join(sorted(arrays)[:5]) or "nothing"
+        raise UserError(f"{of} holds {listed}, which are not arrays of {method_name(method)}")
 
 
 def lost_settings(method: MethodConfig) -> list[str]:

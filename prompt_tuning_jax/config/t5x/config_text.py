@@ -59,10 +59,11 @@ def config_text(t: Translation, *, path: str, files: list[str]) -> str:
 def launch_command(t: Translation, path: str) -> str:
     """Returns the command that does what the launch does, without ``prompt-tuning``."""
     first = f"predict --config {path}" if t.command == "predict" else f"{t.command} {path}"
-    if t.command in ("eval", "predict") and not t.options:
-        t.options.append("--prompt PROMPT")
+    options = t.options
+    if t.command in ("eval", "predict"):
+        options = options or ["--prompt PROMPT"]
     rest = ["--input FILE"] if t.command == "predict" else []
-    return " ".join([first, *t.options, *rest])
+    return " ".join([first, *options, *rest])
 
 
 def _import(module: str, names: list[str]) -> list[str]:

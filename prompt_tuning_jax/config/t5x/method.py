@@ -39,7 +39,7 @@ def translate_method(t: Translation, network: Reference | None, trained: Value |
     if decoder := t.get(network, "decoder_factory"):
         in_decoder = isinstance(decoder.value, Reference) and "Prompt" in decoder.value.name
         if in_decoder:
-            t.lost(decoder, "prompts are in the encoder only")
+            t.lost(decoder, "method.decoder_length may come nearest")
         else:
             t.same_here(decoder, "the network, which its checkpoint describes")
     if _translate_ia3(t):
@@ -200,6 +200,9 @@ def _translate_attention(t: Translation) -> None:
     allowed = t.get(mask, "allowable_attention")
     names = set(texts(allowed)) if allowed and allowed.value is not None else None
     causal = names is None or "prompt->prompt;causal" in names
+    if t.method == "DeepPrompts":
+        t.lost(allowed, "in deep prompts, all positions attend to each other")
+        return
     to_prompt = "causal" if causal else "all" if "prompt->prompt" in (names or ()) else "none"
     t.set("method.prompt_to_prompt", to_prompt, allowed, default="the extended mask's default")
     t.set("method.prompt_to_input", names is None or "prompt->input" in names, allowed)

@@ -227,7 +227,8 @@ def build_data(
         one.drawn(data.max_train_examples, seed=experiment.training.seeds[0])
         for one in (examples(mixture.tasks, data.train_split) if training else [])
     ]
-    eval_sets = [one.at_most(data.max_eval_examples) for one in examples(evaluated, eval_split)]
+    eval_sets, notes = _labeled(examples(evaluated, eval_split))
+    eval_sets = [one.at_most(data.max_eval_examples) for one in eval_sets]
     evaluation = {one.task.name: one for one in eval_sets}
     labels = labels_of(mixture)
     if experiment.evaluation.strategy == "rank":
@@ -271,11 +272,36 @@ def build_data(
         task_labels=tuple(one.task.labels for one in train_sets),
         best_by=best_by,
         direction=_direction(experiment.evaluation.best_mode, best_by, eval_sets),
-        reports=tuple(_reports(experiment, train_sets, train, eval_sets, partitioner)),
+        reports=(*notes, *_reports(experiment, train_sets, train, eval_sets, partitioner)),
     )
     if training:
         task_data.require_direction()
     return task_data
+
+
+def _labeled(
+    eval_sets: Sequence[TokenizedExamples],
+) -> tuple[list[TokenizedExamples], list[str]]:
+    """Returns the examples that can be scored, and notes about the others.
+
+    Raises UserError if a set has none.
+    """
+    labeled, notes = [], []
+    for one in eval_sets:
+        if one.task.has_label is None:  # without a look at the texts
+            labeled.append(one)
+            continue
+        numbers = one.task.labeled(one.texts)
+        if not numbers:
+            raise UserError(
+                f"{one.title} has no labels, so nothing can be scored; choose another split "
+                "(--split, data.eval_split), or write predictions with predict"
+            )
+        if without := len(one) - len(numbers):
+            notes.append(f"{one.title}: {without:,} examples have no label and do not count")
+            one = one.select(np.asarray(numbers))
+        labeled.append(one)
+    return labeled, notes
 
 
 def designed(

@@ -245,7 +245,7 @@ def tokenize(
         )
     check_labels(task, vocabulary, targets_length=targets_length)
     kept = vocabulary.num_kept_at_end(chat=chat, ending=task.inputs_ending)
-    _check_room(vocabulary, inputs_length, chat=chat)
+    _check_room(vocabulary, inputs_length, task.inputs_ending, chat=chat)
     build = functools.partial(_build, task, split, vocabulary, data_dir, chat=chat)
     if use_cache:
         parts = [
@@ -314,7 +314,14 @@ def _check_lengths(inputs_length: int, targets_length: int) -> None:
             raise UserError(f"data.{field} is {length} and must be at least 1")
 
 
-def _check_room(vocabulary: AnyVocabulary, inputs_length: int, *, chat: bool) -> None:
+def _check_room(vocabulary: AnyVocabulary, inputs_length: int, ending: str, *, chat: bool) -> None:
+    kept = vocabulary.num_kept_at_end(chat=chat, ending=ending)
+    if ending and kept >= inputs_length:
+        raise UserError(
+            f"data.inputs_length is {inputs_length}, and the end of the template alone, "
+            f"{ending[-40:]!r}, has {kept} tokens, which are kept; increase it, or shorten the "
+            "template"
+        )
     if not chat:
         return
     around = len(vocabulary.encode_input("", chat=True))

@@ -201,7 +201,8 @@ def _read_npz(path: Path, choices: Sequence[tuple[str, ...]]) -> list[np.ndarray
                 listed = ", ".join(sorted(names))[:200]
                 raise UserError(f"{path}: there is no {wanted}; it holds {listed or 'nothing'}")
             return [_read_npy(archive, f"{name}.npy", path) for name in chosen]
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    # RuntimeError: an encrypted file; KeyError: an entry without the suffix .npy.
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError) as error:
         why = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
         raise UserError(f"{path} is damaged, or not an npz file: {why}") from None
 
@@ -222,6 +223,8 @@ def _read_npy(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
         except (ValueError, KeyError) as error:
             why = " ".join(str(error).split())[:100]
             raise UserError(f"{path}: {name} is not a numpy array: {why}") from None
+        if any(size < 0 for size in shape):
+            raise UserError(f"{path}: {name} has the shape {list(shape)}")
         if dtype.hasobject or dtype.kind not in "iuUf":
             raise UserError(f"{path}: {name} is of type {dtype}, which is not read")
         number = prod(shape) * dtype.itemsize

@@ -28,10 +28,10 @@ def read_parquet(path: Path) -> _Rows:
     with _refusing(path):
         file = pyarrow.parquet.ParquetFile(path)
         batches = file.iter_batches(batch_size=_ROWS_AT_ONCE)
-        yield from _rows(batches, file.schema_arrow, path, 1)
+        yield from _rows(batches, file.schema_arrow, path)
 
 
-def read_arrow(path: Path, *, first: int = 1) -> _Rows:
+def read_arrow(path: Path) -> _Rows:
     """Yields (where, row) of an Arrow file or stream, as ``datasets`` writes them."""
     import pyarrow as pa
 
@@ -42,9 +42,9 @@ def read_arrow(path: Path, *, first: int = 1) -> _Rows:
             source.seek(0)
             file_reader = pa.ipc.open_file(source)
             batches = (file_reader.get_batch(i) for i in range(file_reader.num_record_batches))
-            yield from _rows(batches, file_reader.schema, path, first)
+            yield from _rows(batches, file_reader.schema, path)
             return
-        yield from _rows(reader, reader.schema, path, first)
+        yield from _rows(reader, reader.schema, path)
 
 
 def read_folder(folder: Path, split: str) -> _Rows:
@@ -105,12 +105,12 @@ def _refusing(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot be read: {reason}") from None
 
 
-def _rows(batches: Any, schema: "pa.Schema", path: Path, first: int) -> _Rows:
+def _rows(batches: Any, schema: "pa.Schema", path: Path) -> _Rows:
     import pyarrow as pa
 
     classes = _class_names(schema, path)
@@ -119,8 +119,9 @@ def _rows(batches: Any, schema: "pa.Schema", path: Path, first: int) -> _Rows:
         field.name: pa.types.is_float16(field.type) or pa.types.is_float32(field.type)
         for field in schema
     }
-    number = first
+    number = 1
     for batch in batches:
+        batch.validate(full=True)  # Arrow reads damaged offsets as they are
         columns = {}
         for i, name in enumerate(batch.schema.names):
             values = batch.column(i).to_pylist()

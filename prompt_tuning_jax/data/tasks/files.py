@@ -4,7 +4,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 from prompt_tuning_jax.config.text_template import TextTemplate, column_template, parse_template
@@ -12,6 +11,7 @@ from prompt_tuning_jax.data.tasks.metrics import get_metric
 from prompt_tuning_jax.data.tasks.row_files import RowFile, value_text
 from prompt_tuning_jax.data.tasks.task import Row, Source, Task
 from prompt_tuning_jax.errors import UserError, suggest
+from prompt_tuning_jax.storage import expanded
 
 # With more distinct targets in the training file, targets are text and not labels.
 MAX_LABELS = 50
@@ -155,7 +155,7 @@ def _row_files(
         )
     files = {
         split: RowFile(
-            path=Path(path),
+            path=expanded(path),
             split=split,
             header=header,
             columns=tuple(columns),

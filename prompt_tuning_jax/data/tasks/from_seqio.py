@@ -113,7 +113,8 @@ def _no_data(task: "seqio.Task", error: Exception) -> str:
 def _rows(task: "seqio.Task", split: str) -> Iterator[Row]:
     try:
         dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False)
-    except (AssertionError, OSError) as error:  # TFDS asserts that the data exist
+    # TFDS asserts that the data exist; sources of files raise ValueError without any.
+    except (AssertionError, OSError, ValueError) as error:
         raise UserError(_no_data(task, error)) from None
     for features in dataset.as_numpy_iterator():
         texts = {key: _text_of(task, key, features) for key in ("inputs", "targets")}

@@ -158,6 +158,8 @@ def get_metric(name: str, *, labels: Sequence[str] = ()) -> Metric:
 
 def accuracy(targets: Sequence[Any], predictions: Sequence[Any]) -> float:
     """Returns the percentage of predictions that equal their target exactly."""
+    if any(isinstance(target, list | tuple | Mapping) for target in targets):
+        raise UserError("the metric accuracy is for one target per example, not for several")
     hits = sum(bool(t == p) for t, p in zip(targets, predictions, strict=True))
     return 100 * hits / len(targets)
 

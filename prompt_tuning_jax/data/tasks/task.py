@@ -89,6 +89,7 @@ class Task:
         ``evaluation.strategy`` is.  The scores of two labels then include ``auc-roc`` and
         ``auc-pr`` of the second, in percent.
       normalize_length: with ``ranks``, compare the mean log-probabilities of the labels' tokens.
+      has_label: example -> whether it can be scored; None for all examples.
       choices_field: the field of the examples with the texts that each chooses between, if they
         have no common labels.  They are ranked, whatever ``evaluation.strategy`` is, and scores
         by their mean log-probabilities are added with the prefix ``normed_``.
@@ -108,6 +109,7 @@ class Task:
     version: str = ""
     ranks: bool = False
     normalize_length: bool = False
+    has_label: Callable[[Example], bool] | None = None
     choices_field: str = ""
 
     @property
@@ -143,6 +145,13 @@ class Task:
         code = self.version or [code_digest(self.source.rows), code_digest(self.preprocess)]
         parts = [self.name, split, self.source.fingerprint(split, data_dir), code]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def labeled(self, examples: Sequence[Example]) -> list[int]:
+        """Returns the numbers of the examples that can be scored."""
+        can_be_scored = self.has_label
+        if can_be_scored is None:
+            return list(range(len(examples)))
+        return [number for number, example in enumerate(examples) if can_be_scored(example)]
 
     def score(self, examples: Sequence[Example], predictions: Sequence[str]) -> dict[str, float]:
         """Scores predicted texts, one per example in the same order -> {metric name: value}.

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal, TypeAlias, get_args
 
+from prompt_tuning_jax.data.tasks.t5_tasks.preprocess import has_label
 from prompt_tuning_jax.data.tasks.t5_tasks.sources import source_of
 from prompt_tuning_jax.data.tasks.t5_tasks.t5_task import T5Task
 from prompt_tuning_jax.data.tasks.t5_tasks.tables import T5_TASKS
@@ -95,6 +96,7 @@ def make_task(task: T5Task, form: Form) -> Task:
         postprocess=task.postprocess,
         index=task.index if form == "task_index" else None,
         description=task.description,
+        has_label=has_label,
     )
 
 

@@ -309,6 +309,11 @@ def _uses_tfds(dataset: str, split: str, data_dir: str) -> bool:
         raise UserError(f"data.data_dir (--data_dir) {data_dir}: no such folder")
     if is_prepared(dataset, data_dir):
         return True
+    if dataset not in official_files.layout():
+        raise UserError(
+            f"{data_dir}: no prepared {dataset}; prepare it with "
+            f"`tfds build {dataset} --data_dir {data_dir}` (needs the network)"
+        )
     if official_files.has_official_files(dataset, split, data_dir):
         return False
     raise UserError(

@@ -21,6 +21,7 @@ from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference import conversion, evaluation, inspection, prediction
 from prompt_tuning_jax.inference.prediction import UNDESCRIBED, Prediction
 from prompt_tuning_jax.methods import PromptTuning
+from prompt_tuning_jax.storage import text_output
 from prompt_tuning_jax.training import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -571,8 +572,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         "rows = [('field', 'value')] * 100_000\n"
         "from prompt_tuning_jax.inference import inspection\n"
         "inspection.inspect = lambda path: rows\n"
-        "from prompt_tuning_jax.storage import text_output
-from prompt_tuning_jax.cli.main import main\n"
+        "from prompt_tuning_jax.cli.main import main\n"
         "sys.exit(main(['inspect', '.']))\n"
     )
     with subprocess.Popen(

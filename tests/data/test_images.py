@@ -88,7 +88,7 @@ def test_an_entry_of_an_npz_file_without_its_suffix(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("images", b"")
         archive.writestr("labels.npy", b"")
-    with pytest.raises(UserError, match="a.npz is damaged"):
+    with pytest.raises(UserError, match=r"a\.npz is damaged"):
         open_images(str(tmp_path / "a.npz"), training=True)
 
 

@@ -75,15 +75,6 @@ def test_arrow_with_damaged_offsets_is_refused(tmp_path):
         rows_of(path)
 
 
-def test_times_that_python_has_not_are_refused(tmp_path):
-    times = pa.array([1], pa.timestamp("ns"))
-    pq.write_table(
-        pa.table({"inputs": ["a"], "targets": ["b"], "at": times}), tmp_path / "a.parquet"
-    )
-    with pytest.raises(UserError, match=r"a\.parquet: cannot be read"):
-        rows_of(tmp_path / "a.parquet")
-
-
 def test_a_home_in_the_path_of_a_file(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path, "a.jsonl", JSONL)

@@ -202,6 +202,7 @@ def test_an_include_stays_within_the_folders_it_was_given(folder: Path) -> None:
         ("Optimizer.learning_rate = 'fast'", ["optimizer.learning_rate", "number", "'fast'"]),
         ("Training.steps = 1e3", ["training.steps", "whole number", "1000.0"]),
         ("Training.steps = True", ["training.steps", "whole number", "True"]),
+        ("\n\nTraining.steps = 1e3", ["own.gin line 3", "training.steps", "whole number"]),
         ("Training.seeds = 3", ["training.seeds", "list", "3"]),
         ("Training.seeds = [@Data()]", ["training.seeds", "@Data()"]),
         ("Model.dtype = 'float16'", ["model.dtype", "bfloat16"]),

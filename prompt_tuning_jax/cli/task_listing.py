@@ -9,6 +9,7 @@ from typing import Any
 from prompt_tuning_jax.data.batching.tokenize import encode_inputs
 from prompt_tuning_jax.data.tasks.labels import listed_counts
 from prompt_tuning_jax.data.tasks.registry import get_mixture, get_task, task_names
+from prompt_tuning_jax.data.tasks.selection import use_data_dir
 from prompt_tuning_jax.data.tasks.t5_tasks.registry import (
     ALIASES,
     FORMS,
@@ -107,6 +108,7 @@ def examples(
     ``vocabulary`` is a file or ``bytes``, by default the vocabulary of ``model``.
     """
     words = _vocabulary(model, vocabulary)
+    use_data_dir(data_dir)
     mixture = get_mixture(name)
     tasks = mixture.evaluated_on(split)
     alone = mixture.tasks[0].name == mixture.name
@@ -135,6 +137,7 @@ def statistics(
 ) -> Iterator[tuple[str, str]]:
     """Counts a split's examples, labels and tokens (EOS included), as (name, text)."""
     words = _vocabulary(model, vocabulary)
+    use_data_dir(data_dir)
     mixture = get_mixture(name)
     for task in mixture.evaluated_on(split):
         counts: Counter[str] = Counter()
@@ -187,6 +190,7 @@ def dump(
     ``targets_ids``.
     """
     words = _vocabulary(model, vocabulary)
+    use_data_dir(data_dir)
     task = get_task(name)
     number = 0
     with text_output(path) as file:

@@ -70,7 +70,11 @@ def experiment_from_gin(
         group, _, name = path.partition(".")
         values[group][name] = value
     note_pretraining_steps({**reader.flags(), **flags}, values)
-    experiment = from_dict(values)
+    try:
+        experiment = from_dict(values)
+    except UserError as error:
+        where = resolver.where_of.get(str(error).partition(":")[0])
+        raise UserError(f"{where}: {error}") if where else error from None
     resolver.check_flags_used()
     return experiment
 
@@ -172,6 +176,7 @@ class _Resolver:
         self._macros = macros
         self._used: set[Key] = set()
         self._items = 0
+        self.where_of: dict[str, str] = {}  # the file and line, or the flag, that set a field
 
     def experiment(self) -> dict[str, Any]:
         """Returns the fields of an Experiment, for ``from_dict``.
@@ -191,7 +196,7 @@ class _Resolver:
                 )
             cls = _configurable(value.name, where)
             value = Reference(value.scopes, cls, True)
-            values[section.name] = {CLASS: cls, **self._parameters(value)}
+            values[section.name] = {CLASS: cls, **self._parameters(value, section.name)}
         return values
 
     def check_flags_used(self) -> None:
@@ -209,7 +214,7 @@ class _Resolver:
         bound = self._bindings.get(Key("", Experiment.__name__, section))
         return bound.where if bound else section
 
-    def _parameters(self, reference: Reference) -> dict[str, Any]:
+    def _parameters(self, reference: Reference, section: str = "") -> dict[str, Any]:
         """Returns the values bound to a configurable; an inner scope wins over an outer one."""
         keys: dict[str, Key] = {}
         for depth in range(len(reference.scopes) + 1):
@@ -218,6 +223,7 @@ class _Resolver:
                 if (key.scope, key.name) == (scope, reference.name):
                     keys[key.parameter] = key
         self._used.update(keys.values())
+        self.where_of |= {f"{section}.{n}": self._bindings[key].where for n, key in keys.items()}
         return {
             name: self._value(self._bindings[key].value, str(key), self._bindings[key].where)
             for name, key in keys.items()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prompt_tuning_jax.data.tasks.registry import get_task
+from prompt_tuning_jax.data.tasks.selection import use_data_dir
 from prompt_tuning_jax.data.tasks.t5_tasks.leaderboard import submission
 from prompt_tuning_jax.data.tasks.t5_tasks.official_lines import parse_json, text_lines
 from prompt_tuning_jax.errors import UserError
@@ -34,6 +35,7 @@ def metrics(
     server.  Raises UserError if the numbers of predictions and examples differ, and for a line that
     cannot be read.
     """
+    use_data_dir(data_dir)
     task = get_task(name)
     examples = list(task.load(split, data_dir))
     texts = read_predictions(Path(predictions))

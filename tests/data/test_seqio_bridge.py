@@ -249,6 +249,35 @@ def test_a_task_whose_data_are_missing(name, tmp_path, monkeypatch):
         seqio.TaskRegistry.remove(task)
 
 
+def test_the_fingerprint_knows_which_part_of_which_data_a_split_is(monkeypatch):
+    import seqio
+
+    fingerprints = set()
+    for part, size in (("train", 10), ("train[:5]", 10), ("train", 11)):
+        monkeypatch.setattr(seqio.LazyTfdsLoader, "size", lambda self, split, size=size: size)
+        source = seqio.TfdsDataSource(tfds_name="a/b:1.0.0", splits={"train": part})
+        seqio.TaskRegistry.add("part", source=source, preprocessors=[], output_features={})
+        try:
+            fingerprints.add(get_task("part").source.fingerprint("train", ""))
+        finally:
+            seqio.TaskRegistry.remove("part")
+    assert len(fingerprints) == 3
+
+
+def test_each_folder_has_its_own_data():
+    import seqio
+
+    source = seqio.TfdsDataSource(tfds_name="a/b:1.0.0", splits={"train": "train"})
+    seqio.TaskRegistry.add("folders", source=source, preprocessors=[], output_features={})
+    try:
+        task = get_task("folders")
+        for folder in ("one", "two"):
+            with pytest.raises(UserError, match=f"not prepared in {folder}"):
+                list(task.load("train", folder))
+    finally:
+        seqio.TaskRegistry.remove("folders")
+
+
 def test_a_task_finds_its_data_in_the_folder_that_is_named(monkeypatch):
     import seqio
 

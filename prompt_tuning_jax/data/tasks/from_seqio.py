@@ -70,8 +70,8 @@ def _wrap_task(task: "seqio.Task") -> Task:
         name=task.name,
         source=Source(
             splits=_splits(task),
-            rows=lambda split, data_dir: _rows(task, split),
-            fingerprint=lambda split, data_dir: _fingerprint(task, split),
+            rows=lambda split, data_dir: _rows(_in_folder(task, data_dir), split),
+            fingerprint=lambda split, data_dir: _fingerprint(_in_folder(task, data_dir), split),
         ),
         labels=_label_classes(task),
         metrics=tuple(_wrap_metric(fn) for fn in task.predict_metric_fns),
@@ -85,6 +85,15 @@ def set_data_dir(data_dir: str) -> None:
     import seqio
 
     seqio.set_tfds_data_dir_override(data_dir)
+
+
+def _in_folder(task: "seqio.Task", data_dir: str) -> "seqio.Task":
+    """Returns the task, whose source of TensorFlow Datasets now looks in this folder, if any."""
+    import seqio
+
+    if data_dir and isinstance(task.source, seqio.TfdsDataSource):
+        task.source.tfds_dataset.override_data_dir(data_dir)
+    return task
 
 
 def _splits(task: "seqio.Task") -> tuple[str, ...]:
@@ -141,6 +150,15 @@ def _fingerprint(task: "seqio.Task", split: str) -> str:
 
     parts = [task.name, split, str(task.source), code_digest(list(task.preprocessors))]
     parts += [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
+    if isinstance(task.source, seqio.TfdsDataSource):
+        # The text of the source lacks which part of the data a split is.
+        dataset = task.source.tfds_dataset
+        try:
+            parts += [repr(dataset), str(dataset.size(split))]
+        except Exception as error:  # from TFDS or the file system
+            raise UserError(_no_data(task, error)) from None
+    if isinstance(task.source, seqio.TextLineDataSource):
+        parts.append(str(task.source._skip_header_lines))
     if isinstance(task.source, seqio.FunctionDataSource):
         parts.append(code_digest(task.source._dataset_fn))
     if isinstance(task.source, seqio.FileDataSource):

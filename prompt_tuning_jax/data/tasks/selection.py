@@ -46,6 +46,14 @@ def build_mixture(data: Data) -> Mixture:
     )
 
 
+def use_data_dir(data_dir: str) -> None:
+    """Lets SeqIO's tasks look for data of TensorFlow Datasets in this folder, if it is named."""
+    if data_dir and "seqio" in sys.modules:
+        from prompt_tuning_jax.data.tasks.from_seqio import set_data_dir
+
+        set_data_dir(data_dir)
+
+
 def _build_mixture(data: Data) -> Mixture:
     if is_image_data(data):
         return as_mixture(
@@ -63,10 +71,7 @@ def _build_mixture(data: Data) -> Mixture:
         )
     if data.module:
         import_module(data.module, task=data.task)
-    if data.data_dir and "seqio" in sys.modules:
-        from prompt_tuning_jax.data.tasks.from_seqio import set_data_dir
-
-        set_data_dir(data.data_dir)
+    use_data_dir(data.data_dir)
     mixture = get_mixture(data.task)
     if not data.labels and not data.metrics:
         return mixture

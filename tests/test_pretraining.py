@@ -307,7 +307,10 @@ def test_the_seed_decides_the_random_weights() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.objectives": ("prefix_lm",), "data.inputs_length": 30_000}, "the corpus has"),
+        (
+            {"data.objectives": ("prefix_lm",), "data.inputs_length": 30_000},
+            "held out for evaluation",
+        ),
         ({"data.inputs_length": 2000, "data.targets_length": 1000}, "no sentinel <extra_id_100>"),
         ({"data.targets_length": 2}, "targets_length 2 is too short"),
         ({"data.train": "/nowhere/at/all"}, "/nowhere/at/all: no such text file"),

@@ -221,7 +221,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, point: int, what: Callable[[], Any]
             (train_state, "save"),
             (RunLog, "log_eval"),
             (RunLog, "log_train"),
-            (Loop, "_tell_of"),
+            (Loop, "_report_best"),
         ):
             patch.setattr(owner, name, watched(getattr(owner, name)))
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from prompt_tuning_jax.checkpoints.hf.names import NameTable
-from prompt_tuning_jax.data.vocabularies.gguf_tokenizer import token_ids_of
+from prompt_tuning_jax.data.vocabularies.gguf_tokenizer import is_no_token, token_ids_of
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import (
     CausalLMConfig,
@@ -157,7 +157,7 @@ class Metadata:
     def bos(self) -> int:
         """Returns the id that begins a text; -1 if there is none."""
         value = self._values.get("tokenizer.ggml.bos_token_id", -1)
-        if type(value) is int and value in (-1, 2**32 - 1):  # how converters write that none is
+        if is_no_token(value):
             return -1
         if type(value) is not int or not 0 <= value < 2**31:
             raise self.error(

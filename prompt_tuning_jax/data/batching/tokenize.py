@@ -245,7 +245,7 @@ def tokenize(
         )
     check_labels(task, vocabulary, targets_length=targets_length)
     kept = vocabulary.num_kept_at_end(chat=chat, ending=task.inputs_ending)
-    _check_room(vocabulary, inputs_length, task.inputs_ending, chat=chat)
+    _check_room(vocabulary, inputs_length, task.inputs_ending, kept, chat=chat)
     build = functools.partial(_build, task, split, vocabulary, data_dir, chat=chat)
     if use_cache:
         parts = [
@@ -314,8 +314,9 @@ def _check_lengths(inputs_length: int, targets_length: int) -> None:
             raise UserError(f"data.{field} is {length} and must be at least 1")
 
 
-def _check_room(vocabulary: AnyVocabulary, inputs_length: int, ending: str, *, chat: bool) -> None:
-    kept = vocabulary.num_kept_at_end(chat=chat, ending=ending)
+def _check_room(
+    vocabulary: AnyVocabulary, inputs_length: int, ending: str, kept: int, *, chat: bool
+) -> None:
     if ending and kept >= inputs_length:
         raise UserError(
             f"data.inputs_length is {inputs_length}, and the end of the template alone, "

@@ -255,11 +255,14 @@ def _numbers(
     return np.nan_to_num(values) if values.dtype.kind == "f" else values
 
 
+def is_no_token(value: object) -> bool:
+    """Returns whether the value of a token's id is one that converters write for no token."""
+    return type(value) is int and value in (-1, 2**32 - 1)
+
+
 def _token_id(metadata: Metadata, key: str, number: int, path: Path) -> int | None:
     value = metadata.get(f"{_PREFIX}{key}")
-    if value is None:
-        return None
-    if type(value) is int and value in (-1, 2**32 - 1):  # how converters write that there is none
+    if value is None or is_no_token(value):
         return None
     if type(value) is not int or not 0 <= value < number:
         raise UserError(f"{path}: {_PREFIX}{key} is {value!r}; the tokenizer has {number} tokens")

@@ -105,10 +105,7 @@ def tfds_fingerprint(dataset: str, split: str, data_dir: str, *, version: str = 
 def _folder(dataset: str, data_dir: str, version: str) -> Path:
     parent = _any_version(dataset, data_dir)
     if parent is None:
-        raise UserError(
-            f"{data_dir}: no prepared {dataset}; prepare it with "
-            f"`tfds build {dataset} --data_dir {data_dir}` (needs the network)"
-        )
+        raise _not_prepared(dataset, data_dir)
     versions = _versions(parent)
     if version in versions:
         return parent / version
@@ -116,6 +113,13 @@ def _folder(dataset: str, data_dir: str, version: str) -> Path:
     if version:
         _say_once(dataset, version, newest, data_dir)
     return parent / newest
+
+
+def _not_prepared(dataset: str, data_dir: str) -> UserError:
+    return UserError(
+        f"{data_dir}: no prepared {dataset}; prepare it with "
+        f"`tfds build {dataset} --data_dir {data_dir}` (needs the network)"
+    )
 
 
 @cache
@@ -310,10 +314,7 @@ def _uses_tfds(dataset: str, split: str, data_dir: str) -> bool:
     if is_prepared(dataset, data_dir):
         return True
     if dataset not in official_files.layout():
-        raise UserError(
-            f"{data_dir}: no prepared {dataset}; prepare it with "
-            f"`tfds build {dataset} --data_dir {data_dir}` (needs the network)"
-        )
+        raise _not_prepared(dataset, data_dir)
     if official_files.has_official_files(dataset, split, data_dir):
         return False
     raise UserError(

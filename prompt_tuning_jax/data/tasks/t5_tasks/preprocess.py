@@ -75,8 +75,6 @@ def has_label(example: Example) -> bool:
     """Returns whether an example can be scored: test splits have no labels."""
     if example.get("label") == _NO_LABEL:  # WSC, whose target is the referent even without a label
         return False
-    if example.get("answers") == []:  # questions of a test split
-        return False
     return example["targets"] not in (UNLABELED, f"{_NO_LABEL:.1f}")
 
 

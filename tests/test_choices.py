@@ -32,30 +32,33 @@ ROWS = [
 PROMPTS = [np.random.default_rng(seed).normal(size=(3, 16)).astype(np.float32) for seed in (0, 1)]
 
 
-def registered(rows: list[dict[str, Any]]) -> str:
+def registered(rows: list[dict[str, Any]], **fields: Any) -> str:
     source = Source(
         splits=("train", "validation"),
         rows=lambda split, data_dir: rows,
         fingerprint=lambda split, data_dir: str(rows),
     )
     accuracy = get_metric("accuracy")
-    name = "own_choices"
-    task = Task(name=name, source=source, metrics=(accuracy,), choices_field="choices", version="1")
+    fields = {"choices_field": "choices"} | fields
+    task = Task(name="own_choices", source=source, metrics=(accuracy,), version="1", **fields)
     register(task, replace=True)
-    return name
+    return task.name
 
 
-def evaluated(rows: list[dict[str, Any]]) -> Any:
+def evaluated(rows: list[dict[str, Any]], best_by: str = "", **fields: Any) -> Any:
     experiment = tiny_run.experiment(
         "",
         {
-            "data": Data(task=registered(rows), inputs_length=16, targets_length=4, cache=False),
-            "evaluation": Evaluation(batch_size=2),
+            "data": Data(
+                task=registered(rows, **fields), inputs_length=16, targets_length=4, cache=False
+            ),
+            "evaluation": Evaluation(batch_size=2, best_by=best_by),
         },
     )
     model = build_model(experiment)
     loaded = load_prompts(experiment, model, PROMPTS)
     data = build_data(experiment, model.vocabulary, training=False)
+    assert data.require_direction() in ("min", "max")
     (group,) = loaded.groups
     return model, evaluate_members(experiment, group, group.trainable, data)
 
@@ -77,6 +80,18 @@ def test_each_example_ranks_its_own_texts() -> None:
             right["normed_"] += choices[int(np.argmax(means))] == example["targets"]
         for prefix, number in right.items():
             assert scores[member][f"{prefix}accuracy"] == pytest.approx(100 * number / 3)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"choices_field": "", "ranks": True, "labels": ("blue", "red")}]
+)
+def test_any_score_of_a_ranking_may_choose_checkpoints(fields: dict[str, Any]) -> None:
+    _, (scores, _) = evaluated(ROWS, **fields)
+    assert {"normed_accuracy", "auc-pr"} & scores[0].keys()
+    for name in scores[0]:
+        assert name in evaluated(ROWS, best_by=name, **fields)[1][0][0]
+    with pytest.raises(UserError, match=r"evaluation\.best_by: no metric 'auc'"):
+        evaluated(ROWS, best_by="auc", **fields)
 
 
 def test_examples_without_choices() -> None:

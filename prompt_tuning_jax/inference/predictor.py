@@ -21,7 +21,7 @@ from prompt_tuning_jax.data.batching.task_data import (
 )
 from prompt_tuning_jax.data.batching.tokenize import TokenizedExamples
 from prompt_tuning_jax.data.tasks.metrics import EVALUATION_LOSS, LOSS
-from prompt_tuning_jax.data.tasks.task import Task
+from prompt_tuning_jax.data.tasks.task import NORMED, Task
 from prompt_tuning_jax.data.tasks.text_metrics import auc
 from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
@@ -439,14 +439,14 @@ def evaluate_members(
                 ],
             )
             normed = _best_choices(ranked, normalize_length=True)
-            for before, texts_EN in (("", predictions[name].texts_EN), ("normed_", normed)):
+            for before, texts_EN in (("", predictions[name].texts_EN), (NORMED, normed)):
                 for member_scores, texts_N in zip(scores, texts_EN, strict=True):
                     for metric, value in examples.score(texts_N).items():
                         member_scores[f"{prefix}{before}{metric}"] = value
         elif not scores_alone or any(one is not EVALUATION_LOSS for one in examples.task.metrics):
             predictions[name] = predictor.predict(trainable, members.frozen, examples, **arguments)
             scored = score_members(examples, predictions[name])
-            if examples.task.ranks and len(examples.task.labels) == 2:
+            if examples.task.ranking_scores(()):
                 curves = _label_curves(examples, predictions[name])
                 for member_scores, areas in zip(scored, curves, strict=True):
                     member_scores.update(areas)

@@ -110,7 +110,7 @@ def spot(
     with shared_model():
         for number, (name, of) in enumerate(plans.items()):
             say(quiet, f"\nsource {name}: {number + 1} of {len(plans)}")
-            claim_data(of)
+            claim_data(of, data_of(of))
             run = train(of, quiet=quiet)
             if not run.finished:
                 return AblationResult(results=None, files=(), stopped_by=run.stopped_by)

@@ -88,6 +88,7 @@ class RunLog:
         losses_E: ArrayLike,
         *,
         accuracies_E: ArrayLike,
+        gradient_norms_E: ArrayLike,
         learning_rate: ArrayLike,
         examples_per_second: float,
         tokens_per_second: float | None = None,
@@ -96,18 +97,21 @@ class RunLog:
     ) -> None:
         """Records training metrics at ``step``.
 
-        ``learning_rate`` is one number, or one per member.  Tokens count the positions of inputs
-        and targets, including padding.  FLOPs are those of the step's matrix products.  ``padding``
-        is the percentage of the inputs' positions that is padding.
+        ``gradient_norms_E`` are those of this step, before clipping.  ``learning_rate`` is one
+        number, or one per member.  Tokens count the positions of inputs and targets, including
+        padding.  FLOPs are those of the step's matrix products.  ``padding`` is the percentage of
+        the inputs' positions that is padding.
         """
         losses = self._members(losses_E)
         accuracies = self._members(accuracies_E)
+        norms = self._members(gradient_norms_E)
         rates = np.asarray(learning_rate)
         record = {
             "kind": "train",
             "step": int(step),
             "loss": losses,
             "accuracy": accuracies,
+            "gradient_norm": norms,
             "learning_rate": [_number(r) for r in rates] if rates.ndim else _number(rates[()]),
         }
         if padding is not None:
@@ -127,6 +131,7 @@ class RunLog:
             for i, name in enumerate(self._names):
                 scalars[f"train/loss/{name}"] = losses[i]
                 scalars[f"train/accuracy/{name}"] = accuracies[i]
+                scalars[f"train/gradient_norm/{name}"] = norms[i]
                 scalars[f"train/learning_rate/{name}"] = float(shared_rates[i])
             self._tensorboard.write(int(step), scalars)
         fields = {

@@ -298,6 +298,7 @@ class Loop:
             step,
             np.mean([np.asarray(m.loss_E) for m in recent], axis=0),
             accuracies_E=np.mean([np.asarray(m.accuracy_E) for m in recent], axis=0),
+            gradient_norms_E=recent[-1].gradient_norm_E,
             learning_rate=self.learning_rates(step - 1),
             examples_per_second=len(done) / seconds * self.batch_size * len(self.names),
             tokens_per_second=sum(cost.tokens for cost in done) / seconds or None,

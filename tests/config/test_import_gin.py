@@ -298,6 +298,7 @@ def test_a_flag_sets_a_field(flag: str, field: str, value: object) -> None:
          "utils.create_learning_rate_scheduler.factors"),
         ("utils.RestoreCheckpointConfig.assignment_map=((r'a(.*)', r'b\\1'),)", "lost",
          "utils.RestoreCheckpointConfig.assignment_map"),
+        ("train_prompts.Prompt.prompt=@mine.Computed()", "lost", "train_prompts.Prompt.prompt"),
         ("trainer.Trainer.weight_metrics_computer=@mine.Computer()", "lost",
          "trainer.Trainer.weight_metrics_computer"),
     ],
@@ -421,6 +422,7 @@ def test_the_methods_of_the_original() -> None:
     deep = experiment(extra=PER_LAYER).method
     assert isinstance(deep, DeepPrompts)
     assert (deep.length, deep.mode, deep.init) == (100, "add", "class_labels")
+    assert "evaluation" in remarks(imported(extra=PER_LAYER), "changed")["CLASS_LABELS"]
     regexes = 'PROMPT_REGEX = ["/decoder/.*/scale", ".*/bias"]'
     whole = "ARCHITECTURE = @flaxformer.architectures.t5.t5_architecture.EncoderDecoder()\n"
     pattern = experiment(extra=whole + regexes).method

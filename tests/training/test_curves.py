@@ -17,7 +17,12 @@ def run(workdir: Path, losses_ER: np.ndarray, evals_ER: np.ndarray, metric: str 
     with RunLog(workdir, total_steps=1000, num_members=len(losses_ER), quiet=True) as log:
         for i, losses_E in enumerate(losses_ER.T, start=1):
             log.log_train(
-                10 * i, losses_E, accuracies_E=losses_E, learning_rate=1, examples_per_second=1
+                10 * i,
+                losses_E,
+                accuracies_E=losses_E,
+                gradient_norms_E=losses_E,
+                learning_rate=1,
+                examples_per_second=1,
             )
         for i, values_E in enumerate(evals_ER.T, start=1):
             log.log_eval(20 * i, [{metric: value, "other": 0.5} for value in values_E])

@@ -22,6 +22,7 @@ def measurements(step: int) -> dict[str, np.ndarray]:
     return {
         "losses_E": rng.random(3, dtype=np.float32),
         "accuracies_E": rng.random(3, dtype=np.float32),
+        "gradient_norms_E": rng.random(3, dtype=np.float32),
     }
 
 
@@ -45,6 +46,7 @@ def test_what_was_logged_reads_back(tmp_path: Path) -> None:
             4,
             np.float32([0.1, 2.5]),
             accuracies_E=[0, 1],
+            gradient_norms_E=[0, 1],
             learning_rate=np.float32(0.3),
             examples_per_second=1520.25,
             tokens_per_second=48_648.04,
@@ -57,6 +59,7 @@ def test_what_was_logged_reads_back(tmp_path: Path) -> None:
             "step": 4,
             "loss": [0.1, 2.5],
             "accuracy": [0.0, 1.0],
+            "gradient_norm": [0.0, 1.0],
             "learning_rate": 0.3,
             "examples_per_second": 1520.2,
             "tokens_per_second": 48_648.0,
@@ -70,7 +73,12 @@ def test_float32_values_lose_nothing(tmp_path: Path) -> None:
     losses_E = np.random.default_rng(0).lognormal(sigma=9, size=500).astype(np.float32)
     with RunLog(tmp_path, total_steps=1, num_members=500, quiet=True) as log:
         log.log_train(
-            1, losses_E, accuracies_E=losses_E, learning_rate=losses_E, examples_per_second=1
+            1,
+            losses_E,
+            accuracies_E=losses_E,
+            gradient_norms_E=losses_E,
+            learning_rate=losses_E,
+            examples_per_second=1,
         )
     (record,) = read_metrics(tmp_path / "metrics.jsonl")
     for key in ("loss", "accuracy", "learning_rate"):
@@ -83,7 +91,14 @@ def test_what_is_not_finite_is_null_in_strict_json(tmp_path: Path, value: float)
         raise AssertionError(constant)
 
     with RunLog(tmp_path, total_steps=1, num_members=1, quiet=True) as log:
-        log.log_train(1, [value], accuracies_E=[1], learning_rate=1, examples_per_second=value)
+        log.log_train(
+            1,
+            [value],
+            accuracies_E=[1],
+            gradient_norms_E=[1],
+            learning_rate=1,
+            examples_per_second=value,
+        )
         log.log_eval(1, [{"f1": value}])
     texts = lines(tmp_path).decode().splitlines()
     first, second = (json.loads(text, parse_constant=refuse) for text in texts)
@@ -169,7 +184,14 @@ def test_a_kill_frees_the_folder(tmp_path: Path) -> None:
 def test_members_must_agree(tmp_path: Path) -> None:
     with RunLog(tmp_path, total_steps=1, num_members=2, quiet=True) as log:
         with pytest.raises(ValueError, match="2 members"):
-            log.log_train(1, [0.5], accuracies_E=[1], learning_rate=1, examples_per_second=1)
+            log.log_train(
+                1,
+                [0.5],
+                accuracies_E=[1],
+                gradient_norms_E=[1],
+                learning_rate=1,
+                examples_per_second=1,
+            )
         with pytest.raises(ValueError, match="2 members"):
             log.log_eval(1, [{}])
     assert lines(tmp_path) == b""
@@ -228,7 +250,8 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
     code = (
         "import sys; from prompt_tuning_jax.training.logging import RunLog\n"
         f"with RunLog({str(tmp_path)!r}, total_steps=1, num_members=1) as log:\n"
-        "    log.log_train(1, [1], accuracies_E=[1], learning_rate=1, examples_per_second=1)\n"
+        "    log.log_train(1, [1], accuracies_E=[1], gradient_norms_E=[1], learning_rate=1,\n"
+        "                  examples_per_second=1)\n"
         "assert 'tensorboard' in sys.modules and 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -252,7 +275,12 @@ def test_a_pipe_gets_a_line_now_and_then(
         for step in range(1, 3601):
             now = 100 + step / 10  # ten steps a second
             log.log_train(
-                step, [1, 2], accuracies_E=[0, 1], learning_rate=1, examples_per_second=1520
+                step,
+                [1, 2],
+                accuracies_E=[0, 1],
+                gradient_norms_E=[0, 1],
+                learning_rate=1,
+                examples_per_second=1520,
             )
             if step == 1800:
                 log.log_eval(step, [{"f1": 50, "accuracy": 60}, {"f1": 70, "accuracy": 80}])
@@ -277,6 +305,7 @@ def test_speed_is_told_in_examples_tokens_and_operations(
             1,
             [1],
             accuracies_E=[0],
+            gradient_norms_E=[0],
             learning_rate=1,
             examples_per_second=140,
             tokens_per_second=7840,

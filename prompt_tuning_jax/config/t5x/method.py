@@ -118,6 +118,8 @@ def _translate_prompts(t: Translation, factory: Reference, layer: Reference | No
         t.same_here(t.get(per_layer_prompt, "length"), "the prompts of all layers have one length")
     else:
         t.method = "PromptTuning"
+        if kind not in ("", "Prompt"):
+            t.lost(t.get(factory, "prompt"), "method=prompt_tuning trains the vectors themselves")
         if length := t.get(prompt, "length", "method.length"):
             if isinstance(length.value, Reference):
                 remark = "the length is computed there from a text; set it to its number of tokens"
@@ -228,7 +230,7 @@ def _translate_init(t: Translation, init: Value | None) -> None:
     elif kind == "from_embedded_list":
         t.set("method.init", "class_labels", init)
         if labels := t.get(reference, "texts", "method.init_labels"):
-            t.set(_labels_field(t), texts(labels), labels)
+            _set_labels(t, labels)
         _table(t, reference)
         _fill(t, reference)
     elif kind == "from_embedded_string":
@@ -252,9 +254,13 @@ def _translate_init(t: Translation, init: Value | None) -> None:
         t.set("method.init", "uniform_positive", init, remark=remark)
 
 
-def _labels_field(t: Translation) -> str:
+def _set_labels(t: Translation, labels: Value) -> None:
     """Only plain prompts have labels of their own; other methods use the data's."""
-    return "method.init_labels" if t.method == "PromptTuning" else "data.labels"
+    if t.method == "PromptTuning":
+        t.set("method.init_labels", texts(labels), labels)
+    else:
+        remark = "they are also the answers that evaluation ranks"
+        t.set("data.labels", texts(labels), labels, remark=remark)
 
 
 def _population(t: Translation, reference: Reference) -> None:

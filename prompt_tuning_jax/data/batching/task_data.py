@@ -499,7 +499,8 @@ def _best_by(best_by: str, eval_sets: list[TokenizedExamples]) -> str:
         if first_name not in (*scores, LOSS):
             first_name = next(iter(scores), LOSS)
         usual = usual or prefix + first_name
-        names += [prefix + name for name in dict.fromkeys([*scores, LOSS])]
+        ranked = one.task.ranking_scores(scores)
+        names += [prefix + name for name in dict.fromkeys([*scores, *ranked, LOSS])]
     if best_by and best_by not in names:
         known = best_by in metric_names()
         also = f"; add {best_by} to data.metrics" if known else ""

@@ -18,8 +18,11 @@ from prompt_tuning_jax.data.tasks.metrics import (
     majority_class,
     score,
 )
+from prompt_tuning_jax.data.tasks.text_metrics import AUC_NAMES
 from prompt_tuning_jax.errors import UserError, suggest
 
+# Precedes the names of scores of the choices with the largest mean log-probability.
+NORMED = "normed_"
 # A row of a source, by column.
 Row: TypeAlias = Mapping[str, Any]
 # {"inputs": str, "targets": str} and any further fields (JSON values) that metrics need.
@@ -92,7 +95,7 @@ class Task:
       has_label: example -> whether it can be scored; None for all examples.
       choices_field: the field of the examples with the texts that each chooses between, if they
         have no common labels.  They are ranked, whatever ``evaluation.strategy`` is, and scores
-        by their mean log-probabilities are added with the prefix ``normed_``.
+        by their mean log-probabilities are added with the prefix ``NORMED``.
     """
 
     name: str
@@ -167,8 +170,16 @@ class Task:
             scores[INVALID] = invalid_share(self.labels, predictions)
         return scores
 
+    def ranking_scores(self, scores: Iterable[str]) -> tuple[str, ...]:
+        """Returns the names of the scores that ranking adds to these of the metrics."""
+        if self.choices_field:
+            return tuple(f"{NORMED}{name}" for name in scores)
+        return AUC_NAMES if self.ranks and len(self.labels) == 2 else ()
+
     def declared_direction(self, metric: str) -> Direction | None:
         """Returns the direction of a score (max or min) if a metric declares it; otherwise None."""
+        if self.choices_field:
+            metric = metric.removeprefix(NORMED)
         for one in self.metrics:
             if (direction := one.declared_direction(metric)) is not None:
                 return direction

@@ -13,6 +13,7 @@ import numpy as np
 from prompt_tuning_jax.data.tasks.metric_functions import normalized, squad, word_f1
 from prompt_tuning_jax.errors import UserError
 
+AUC_NAMES = ("auc-roc", "auc-pr")
 _MAX_ORDER = 4  # of BLEU's n-grams
 _TRIVIA_PUNCTUATION = str.maketrans(dict.fromkeys(f"{string.punctuation}‘’´`_", " "))
 _NO_WORD = re.compile(r"\W")
@@ -187,8 +188,6 @@ def auc(targets: Sequence[float], scores: Sequence[float]) -> dict[str, float]:
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     if len(set(targets)) < 2:
-        return {"auc-roc": math.nan, "auc-pr": math.nan}
-    return {
-        "auc-roc": float(roc_auc_score(targets, scores)),
-        "auc-pr": float(average_precision_score(targets, scores)),
-    }
+        return dict.fromkeys(AUC_NAMES, math.nan)
+    areas = roc_auc_score(targets, scores), average_precision_score(targets, scores)
+    return dict(zip(AUC_NAMES, map(float, areas), strict=True))

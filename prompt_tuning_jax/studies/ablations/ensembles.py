@@ -17,6 +17,8 @@ from prompt_tuning_jax.checkpoints.run_folder import workdir_of
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.overrides import to_dict
 from prompt_tuning_jax.data.tasks.metrics import LOSS
+from prompt_tuning_jax.data.tasks.task import NORMED
+from prompt_tuning_jax.data.tasks.text_metrics import AUC_NAMES
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.evaluation import EvalResult, evaluate
 from prompt_tuning_jax.inference.predictor import Predictions
@@ -74,10 +76,11 @@ def ensembles(
             raise UserError(f"--lines {group.points[0].value}: this method trains nothing")
     check(groups, settings)
     metric, _ = metric_of(experiment)
-    if metric.rpartition("/")[2] == LOSS:
+    name = metric.rpartition("/")[2]
+    if name in (LOSS, *AUC_NAMES) or name.startswith(NORMED):
         raise UserError(
-            "evaluation.best_by is loss, and ensembles are scored by their answers; set it to a "
-            "metric of these, such as accuracy"
+            f"evaluation.best_by is {metric}, and ensembles are scored by their answers; set it to "
+            "a metric of these, such as accuracy"
         )
     scores_by_method: dict[str, dict[str, list[list[float]]]] = {}
     trained: dict[str, int] = {}
@@ -118,7 +121,7 @@ def _scored(
     """
     runs = []
     for of in parts:
-        claim_data(of)
+        claim_data(of, data_of(of))
         run = train(of, quiet=quiet)
         if not run.finished:
             return run.stopped_by, {}, 0

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -105,7 +105,7 @@ def score_group(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, 
             return 0, point
     started = time.monotonic()
     if of.method.is_trainable:
-        stopped_by, scored = _trained(group, settings, quiet=quiet)
+        stopped_by, scored = _trained(group, settings, wanted["data"], quiet=quiet)
     else:
         stopped_by, scored = 0, _untrained(of, settings)
     if stopped_by:
@@ -123,13 +123,15 @@ def score_group(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, 
     return 0, point
 
 
-def _trained(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dict[str, Any]]:
+def _trained(
+    group: Group, settings: Settings, data: Mapping[str, str], *, quiet: bool
+) -> tuple[int, dict[str, Any]]:
     of, chosen = group.experiment, ""
     folder = workdir_of(of)
     metric, direction = metric_of(of)
     rates = rates_of(of, method_name(of.method)) if settings.search else ()
     if rates:
-        stopped_by, scores = _searched(group, rates, metric, settings, quiet=quiet)
+        stopped_by, scores = _searched(group, rates, metric, settings, data, quiet=quiet)
         if stopped_by:
             return stopped_by, {}
         rate = rates[best_of(scores, direction)]
@@ -138,7 +140,7 @@ def _trained(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dic
             of, optimizer=dataclasses.replace(of.optimizer, learning_rate=rate)
         )
         of = with_training(of, workdir=str(folder / "seeds"))
-    claim_data(of)
+    claim_data(of, data)
     run = train(of, quiet=quiet)
     if not run.finished:
         return run.stopped_by, {}
@@ -169,7 +171,13 @@ def _trained(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, dic
 
 
 def _searched(
-    group: Group, rates: tuple[float, ...], metric: str, settings: Settings, *, quiet: bool
+    group: Group,
+    rates: tuple[float, ...],
+    metric: str,
+    settings: Settings,
+    data: Mapping[str, str],
+    *,
+    quiet: bool,
 ) -> tuple[int, list[float]]:
     """Trains the first seed with each learning rate; parts of a group share the search.
 
@@ -188,7 +196,7 @@ def _searched(
             inits=(),
             workdir=str(workdir_of(of) / name),
         )
-        claim_data(search)
+        claim_data(search, data)
         run = train(search, quiet=quiet)
         if not run.finished:
             return run.stopped_by, []
@@ -293,14 +301,14 @@ def tested_on(of: Experiment, settings: Settings) -> Experiment:
     return validate(dataclasses.replace(of, data=data))
 
 
-def claim_data(of: Experiment) -> None:
-    """Claims the run's folder, and records the frozen model and the data there.
+def claim_data(of: Experiment, data: Mapping[str, str]) -> None:
+    """Claims the run's folder, and records the frozen model and the data's digests there.
 
     Raises UserError if the folder has a run on others, even a finished one, which ``train`` does
     not read again.
     """
     folder = workdir_of(of)
-    wanted = as_read({"model": model_fingerprint(build_model(of)), "data": data_of(of)})
+    wanted = as_read({"model": model_fingerprint(build_model(of)), "data": data})
     file = folder / DATA
     if file.is_file() and (folder / RUN_CONFIG).is_file() and read_json_file(file) != wanted:
         raise UserError(

@@ -29,7 +29,7 @@ def claim(folder: Path, experiment: Experiment) -> None:
     """
     present = require_run(folder, experiment)
     if present is not None:
-        if present == _what_decides(experiment):
+        if present == run_identity(experiment):
             return
         with suppress(FileNotFoundError):
             (folder / RESULTS).unlink()
@@ -49,7 +49,7 @@ def require_run(
     config = saved_config(str(folder)) if folder.is_dir() else None
     if config is None:
         return None
-    present, wanted = _what_decides(config), _what_decides(experiment)
+    present, wanted = run_identity(config), run_identity(experiment)
     differing = diff(present, wanted)
     if not exactly:
         differing = diff(_what_stays(present), _what_stays(wanted))
@@ -125,7 +125,7 @@ def _what_stays(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, training=training, optimizer=optimizer)
 
 
-def _what_decides(experiment: Experiment) -> Experiment:
+def run_identity(experiment: Experiment) -> Experiment:
     """Returns the experiment without workdir and mesh, since a run may resume elsewhere.
 
     Paths are absolute, because relative ones lead to the same files.

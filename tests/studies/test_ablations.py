@@ -149,6 +149,12 @@ def test_an_ablation_is_written_and_never_computed_twice(
     assert plain.results is not None and measured.results is not None
     for before, after in zip(plain.results.cells, measured.results.cells, strict=True):
         assert after.cost and dataclasses.replace(after, cost=None) == before
+    # A study's folder may move.
+    sizes.clear()
+    moved = (tmp_path / "measured").rename(tmp_path / "moved")
+    one = dataclasses.replace(of, training=dataclasses.replace(training, workdir=str(moved)))
+    again = ablate(one, of_one, Settings(test=test, at_once=2, measure=True), quiet=True)
+    assert not sizes and again.results == measured.results
     own.write_text("".join(own.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(UserError, match="other settings, data or weights"):
         ablate(one, of_one, Settings(test=test, at_once=2), quiet=True)

@@ -41,7 +41,7 @@ from prompt_tuning_jax.studies.ablations.axes import rates_of, with_shots
 from prompt_tuning_jax.studies.ablations.cost import step_cost_of
 from prompt_tuning_jax.studies.ablations.grid import Group
 from prompt_tuning_jax.studies.suite import data_of, say
-from prompt_tuning_jax.training.resume import claim
+from prompt_tuning_jax.training.resume import claim, run_identity
 from prompt_tuning_jax.training.run import RunResult, train
 from prompt_tuning_jax.untrusted_input import read_json_file
 
@@ -77,13 +77,14 @@ def score_group(group: Group, settings: Settings, *, quiet: bool) -> tuple[int, 
     """
     of = group.experiment
     folder = workdir_of(of)
+    tested = tested_on(of, settings)
     wanted = as_read(
         {
-            "experiment": to_dict(of),
-            "test": None if settings.test is None else to_dict(tested_on(of, settings).data),
+            "experiment": to_dict(run_identity(of)),
+            "test": None if settings.test is None else to_dict(run_identity(tested).data),
             "search": settings.search,
             "data": data_of(of),
-            "examples": data_of(tested_on(of, settings), training=False),
+            "examples": data_of(tested, training=False),
         }
     )
     starts = [path for _, path in map(split_init, of.training.inits) if path]

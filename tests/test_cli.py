@@ -1,3 +1,4 @@
+import argparse
 import io
 import json
 import logging
@@ -14,7 +15,7 @@ import pytest
 
 import prompt_tuning_jax
 from prompt_tuning_jax.cli import task_listing
-from prompt_tuning_jax.cli.main import main, parse
+from prompt_tuning_jax.cli.main import build_parser, main, parse
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model, Training
 from prompt_tuning_jax.config.overrides import diff, to_json
 from prompt_tuning_jax.errors import UserError
@@ -622,3 +623,14 @@ def test_the_home_of_an_unknown_user_is_no_such_path(
     monkeypatch.chdir(tmp_path)
     assert main(line.split()) == 2
     assert "~nouser" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_every_option_accepts_its_default() -> None:
+    (commands,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    tried = 0
+    for command in commands.choices.values():
+        for action in command._actions:
+            if callable(action.type) and isinstance(action.default, int | float):
+                assert action.type(str(action.default)) == action.default, action.dest
+                tried += 1
+    assert tried > 10

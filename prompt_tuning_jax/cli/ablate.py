@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from prompt_tuning_jax.cli.arguments import mirrors, non_negative, option, positional
+from prompt_tuning_jax.cli.arguments import mirrors, option, positional
 from prompt_tuning_jax.cli.experiment import ConfigOptions, exit_if_stopped
 from prompt_tuning_jax.config.experiment import Data, Experiment
 from prompt_tuning_jax.errors import UserError
@@ -44,7 +44,7 @@ class Ablate(ConfigOptions):
     search: bool = False
     measure: bool = False  # measure the time and memory of a step
     # Largest number of prompts that train at once (default: as many as the device holds).
-    at_once: int = option("N", default=0, parse=non_negative)
+    at_once: int = 0
     # With lm_steps and objective: config of the LM adaptation of the model, whose data.train is a
     # folder of texts.
     adapt: str | None = option("CONFIG.py", default=None)

@@ -132,7 +132,7 @@ def _add_argument(
         # The text is read where --set is read, which knows the types.
         kwargs = {"metavar": _METAVARS.get(annotation), **kwargs}
     else:
-        kwargs |= _conversion(annotation, kwargs)
+        kwargs |= _conversion(annotation, kwargs, default)
         if default not in (MISSING, None, False, "", 0, (), []):
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
             doc = f"{doc} (default: {shown})".strip()
@@ -148,8 +148,8 @@ def _add_argument(
     group.add_argument(flag, dest=field.name, **kwargs)
 
 
-def _conversion(annotation: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Returns what argparse needs for values of this type."""
+def _conversion(annotation: Any, given: dict[str, Any], default: Any) -> dict[str, Any]:
+    """Returns what argparse needs for values of this type; 0 is valid where it is the default."""
     if isinstance(annotation, types.UnionType) or get_origin(annotation) is Union:
         (annotation,) = (part for part in get_args(annotation) if part is not type(None))
     if annotation is bool:
@@ -165,7 +165,8 @@ def _conversion(annotation: Any, given: dict[str, Any]) -> dict[str, Any]:
         parse = _choices(get_args(item)) if get_origin(item) is Literal else names
         return {"metavar": "A,B", "type": parse, **given}
     if annotation is int:
-        return {"metavar": "N", "type": positive, **given}
+        parse_number = non_negative if default == 0 else positive
+        return {"metavar": "N", "type": parse_number, **given}
     if annotation is float:
         return {"metavar": "X", "type": positive_number, **given}
     return {}

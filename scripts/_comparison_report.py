@@ -50,8 +50,8 @@ def write(rows: Sequence[dict[str, Any]], output: Path) -> None:
 def draw(rows: Sequence[dict[str, Any]], png: Path) -> None:
     """Draws scores against the size of the model: a panel for each task, a line for each method.
 
-    The band of prompt tuning is one standard deviation of its seeds; the broken line is the
-    ensemble of its prompts.
+    The line of prompt tuning is the mean of its seeds, and the band reaches to the best of them;
+    the broken line is the ensemble of its prompts.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -105,8 +105,8 @@ def _line(
     name = _plain(method)
     panel.plot(at, mean, style, color=color, ms=4, label=name)
     if any(len(row["test"]) > 1 for row in rows):
-        spread = np.array([np.std(row["test"], ddof=len(row["test"]) > 1) for row in rows])
-        panel.fill_between(at, mean - spread, mean + spread, color=color, alpha=0.12, lw=0)
+        best = np.array([row["best"] for row in rows])
+        panel.fill_between(at, mean, best, color=color, alpha=0.15, lw=0)
         ensemble = [row["ensemble"] for row in rows]
         panel.plot(at, ensemble, "^--", color=color, ms=4, label=f"{name}, ensemble")
 

@@ -24,7 +24,7 @@ from prompt_tuning_jax.checkpoints.inspect import fingerprint_of, open_source
 from prompt_tuning_jax.checkpoints.load import ModelCheckpoint
 from prompt_tuning_jax.checkpoints.parameters import EMBEDDING
 from prompt_tuning_jax.checkpoints.prompt_file import check_fits, in_model_space, save_prompt
-from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary, load_vocabulary
+from prompt_tuning_jax.data.vocabularies.vocab import AnyVocabulary
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.inference.prompt_sources import prompt_paths, read_all
 from prompt_tuning_jax.storage import expanded
@@ -356,7 +356,7 @@ def shared_pieces(
     vocabularies.
     """
     (name, here), (other, there) = source, target
-    words = [o.vocabulary_file and load_vocabulary(o.vocabulary_file) for o in (here, there)]
+    words = [checkpoint.vocabulary() for checkpoint in (here, there)]
     rows = min(here.config.vocab_size, there.config.vocab_size)
     ours, theirs = words
     if not ours or not theirs:

@@ -95,6 +95,15 @@ def require_at_most(arrays: Mapping[str, HostArray], most: int, *, of: str, why:
         raise UserError(f"{of} has {numbers} numbers, and {why} {most}")
 
 
+def require_stored(tensor: Any, *, of: str) -> None:
+    """Raises UserError for a tensor of torch that repeats its numbers.
+
+    A file of few bytes could otherwise fill the memory.
+    """
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"{of} has more numbers than the file stores; save it with .contiguous()")
+
+
 def require_finite(arrays: Mapping[str, HostArray], *, of: str) -> None:
     """Raises UserError that names the first array with NaN or infinity; checks block by block."""
     for name, array in arrays.items():

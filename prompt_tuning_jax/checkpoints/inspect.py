@@ -20,7 +20,7 @@ from prompt_tuning_jax.checkpoints.parameters import PROMPT, is_trained, require
 from prompt_tuning_jax.checkpoints.prompt_file import PromptMetadata, Source, read_prompt
 from prompt_tuning_jax.checkpoints.t5x.methods import kind_of
 from prompt_tuning_jax.checkpoints.t5x.reader import open_t5x
-from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, load_vocabulary
+from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.causal_lm.config import CausalLMConfig
 from prompt_tuning_jax.models.config import ModelConfig
@@ -229,7 +229,7 @@ def describe_model(name_or_path: str, *, with_fingerprint: bool | None = None) -
         method=kind_of(trained),
         trained={} if only_prompt else trained,
         optimizer_arrays=None if t5x is None else len(t5x.state_names),
-        vocabulary=_vocabulary(checkpoint.vocabulary_file),
+        vocabulary=_vocabulary(checkpoint),
         fingerprint=fingerprint_of(checkpoint) if with_fingerprint else "",
     )
 
@@ -244,20 +244,20 @@ def _stored(checkpoint: ModelCheckpoint) -> tuple[Counter[str], int]:
     return dtypes, sum(array.nbytes for array in checkpoint.params.values())
 
 
-def _vocabulary(file: Path | None) -> str:
+def _vocabulary(checkpoint: ModelCheckpoint) -> str:
     """Describes the vocabulary in words; "" for none, and the error if it cannot be used."""
-    if file is None:
-        return ""
     try:
-        words = load_vocabulary(file)
+        words = checkpoint.vocabulary()
     except UserError as error:
         return f"cannot be used: {error}"
+    if words is None:
+        return ""
     if isinstance(words, ByteVocabulary):
         return f"bytes, {words.size} ids"
     sentinels = (
         f", {words.extra_ids} of them sentinels added to the file" if words.extra_ids else ""
     )
-    return f"{file.name}, {words.size:,} ids{sentinels}"
+    return f"{words.path.name}, {words.size:,} ids{sentinels}"
 
 
 @dataclass(frozen=True, kw_only=True)

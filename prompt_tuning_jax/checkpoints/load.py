@@ -35,6 +35,7 @@ from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import vocabulary_file
 from prompt_tuning_jax.data.vocabularies.vocab import (
     AnyVocabulary,
+    TextVocabulary,
     Vocabulary,
     load_vocabulary,
     require_t5,
@@ -80,6 +81,15 @@ class ModelCheckpoint:
     params: dict[str, LazyArray]
     vocabulary_file: Path | None
     gguf: GGUFModel | None = None
+
+    def vocabulary(self) -> TextVocabulary | None:
+        """Returns the vocabulary with the model's special ids; None if there is none."""
+        if self.vocabulary_file is None:
+            return None
+        config = self.config
+        return load_vocabulary(
+            self.vocabulary_file, token_ids=config.token_ids, max_size=config.vocab_size
+        )
 
 
 def open_model(
@@ -181,7 +191,7 @@ def load_model(
         name_or_path, relpos_max_distance=relpos_max_distance, vocabulary=not vocabulary
     )
     words = _vocabulary(
-        vocabulary or checkpoint.vocabulary_file, checkpoint.config, model=name_or_path
+        vocabulary, checkpoint.vocabulary_file, checkpoint.config, model=name_or_path
     )
     param_dtype = dtype if param_dtype is None else param_dtype
     model = abstract_model(
@@ -285,7 +295,7 @@ def random_model(
     config = preset(preset_name)
     bundled = ASSETS / preset_name / pretrained.VOCABULARY
     words = _vocabulary(
-        vocabulary or (bundled if bundled.is_file() else None), config, model=preset_name
+        vocabulary, bundled if bundled.is_file() else None, config, model=preset_name
     )
     model: Model = model_class(config)(
         config,
@@ -327,15 +337,16 @@ def abstract_model(
 
 
 def _vocabulary(
-    path: str | Path | None, config: ModelConfig, *, model: str | Path
+    named: str | Path | None, own: Path | None, config: ModelConfig, *, model: str | Path
 ) -> AnyVocabulary | None:
+    path = named or own
     if isinstance(config, ViTConfig):
         if path:
             raise UserError(
                 f"model.vocabulary is {path}, but {model} reads images and has no words; drop it"
             )
         return ClassVocabulary(config)
-    if path is None or path == "":
+    if not path:
         return None
     words = load_vocabulary(path, token_ids=config.token_ids, max_size=config.vocab_size)
     if isinstance(config, T5Config):
@@ -344,13 +355,14 @@ def _vocabulary(
     if too_many and isinstance(words, Vocabulary) and words.sentinels_are_assumed:
         # No file gives the number of sentinels, and the model has no room for T5's 100.
         words = load_vocabulary(path, extra_ids=0, token_ids=config.token_ids)
-    # The model may have more embeddings than pieces, because tables are padded.
+    # The model may have more embeddings than pieces, because tables are padded: DeepSeek's by 2 %.
     if words.size > config.vocab_size:
         raise UserError(
             f"vocabulary {path} has {words.size} pieces, but {model} has only {config.vocab_size} "
             "embeddings: use the vocabulary that the model was trained with"
         )
-    if words.size + 1024 < config.vocab_size:
+    padding = 1024 if named else max(1024, config.vocab_size // 10)
+    if words.size + padding < config.vocab_size:
         raise UserError(
             f"vocabulary {path} has only {words.size} pieces for the {config.vocab_size} "
             f"embeddings of {model}: use the vocabulary that the model was trained with"

@@ -5,13 +5,19 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from prompt_tuning_jax.checkpoints.array_files import map_safetensors, safetensors_of
+from prompt_tuning_jax.checkpoints.array_files import (
+    map_safetensors,
+    require_stored,
+    safetensors_of,
+)
+from prompt_tuning_jax.checkpoints.hf.flax_msgpack import scan_tree
 from prompt_tuning_jax.checkpoints.hf.pretrained import hf_name, open_hf
 from prompt_tuning_jax.checkpoints.inspect import open_source
 from prompt_tuning_jax.checkpoints.parameters import EMBEDDING, LOGITS, PROMPT
@@ -23,7 +29,7 @@ from prompt_tuning_jax.config.config_file import run_config
 from prompt_tuning_jax.config.gin import experiment_from_gin
 from prompt_tuning_jax.data.tasks.row_files import RowFile
 from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer
-from prompt_tuning_jax.data.vocabularies.tokenizer_files import vocabulary_file
+from prompt_tuning_jax.data.vocabularies.tokenizer_files import read_added_tokens, vocabulary_file
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.training.logging import read_metrics
 from tests.convert_cases import CONFIG, hf_model, params, prompt, t5x_model
@@ -386,6 +392,38 @@ def test_a_tokenizer_that_the_library_panics_at(
     path.write_text(json.dumps(TOKENIZER | fields))
     assert str(path) in refusal(lambda: HfTokenizer(path))
     assert capfd.readouterr().err == ""
+
+
+def test_many_added_tokens_take_no_long_time(tmp_path: Path) -> None:
+    tokens = {str(i): {"content": f"<{i % 99_999}>"} for i in range(100_000)}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": tokens}))
+    assert "the token '<0>' has two ids" in refusal(lambda: read_added_tokens(tmp_path))
+
+
+def test_arrays_within_arrays_are_refused() -> None:
+    data = b"\xc0"
+    for _ in range(2000):  # each an array's record that holds the one before
+        data = b"\xc9" + len(data).to_bytes(4, "big") + b"\x01" + data
+    with bounded(), pytest.raises(ValueError, match="nested too deeply"):
+        scan_tree(memoryview(b"\x81\xa1a" + data))
+
+
+class Repeated:
+    """A torch tensor of 100 by 100,000,000 numbers that stores one: its strides are 0."""
+
+    def numel(self) -> int:
+        return 10**10
+
+    def element_size(self) -> int:
+        return 4
+
+    def untyped_storage(self) -> Any:
+        return SimpleNamespace(nbytes=lambda: 4)
+
+
+def test_a_tensor_that_repeats_its_numbers_is_refused() -> None:
+    message = refusal(lambda: require_stored(Repeated(), of="file: name"))
+    assert message.startswith("file: name ")
 
 
 def test_the_fixtures_have_what_the_tests_change() -> None:

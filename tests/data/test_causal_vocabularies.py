@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prompt_tuning_jax.checkpoints.hf.config import tokenizer_files
+from prompt_tuning_jax.checkpoints.load import ModelCheckpoint
 from prompt_tuning_jax.data.vocabularies.gguf_metadata import read_metadata
 from prompt_tuning_jax.data.vocabularies.gguf_tokenizer import PRE_TOKENIZERS, token_ids_of
 from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer
@@ -170,7 +171,7 @@ def test_tokenizers_of_gguf_files_are_written_as_json(
     tokenizers: dict[str, HfTokenizer], tmp_path: Path, kind: str
 ) -> None:
     words = tokenizers[kind]
-    model: Any = SimpleNamespace(vocab_size=words.size)
+    model: Any = SimpleNamespace(vocab_size=words.size, token_ids=words.token_ids)
     for name, content in tokenizer_files(words.path, model).items():
         text = content.read_text() if isinstance(content, Path) else json.dumps(content)
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -179,6 +180,50 @@ def test_tokenizers_of_gguf_files_are_written_as_json(
     for text in CORPUS:
         assert written.encode_input(text) == words.encode_input(text)
         assert written.decode(written.encode(text)) == text
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.model"])
+@pytest.mark.parametrize("adds", [True, False])
+def test_what_is_written_begins_inputs_as_what_was_read(
+    tmp_path: Path, name: str, adds: bool
+) -> None:
+    """Whether with ``add_bos_token`` or without, and whatever is usual for the tokenizer."""
+    special = {"bos_token": "</s>", "eos_token": "</s>", "add_bos_token": adds}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(special))
+    if name == "vocab.json":  # as OPT's
+        vocab = {"<pad>": 0, "</s>": 1, "y": 2, "e": 3, "s": 4, "ye": 5, "a": 6}
+        (tmp_path / name).write_text(json.dumps(vocab))
+        (tmp_path / "merges.txt").write_text("y e\n")
+    else:
+        (tmp_path / name).write_bytes(sentencepiece_model(prefix=True))
+    words = load_vocabulary(tmp_path)
+    ids = words.encode("yes")
+    bos = words.token_ids.eos
+    assert words.encode_input("yes") == [*([bos] * adds), *ids]
+    model: Any = SimpleNamespace(vocab_size=words.size, token_ids=words.token_ids)
+    written = tmp_path / "written"
+    written.mkdir()
+    for file, content in tokenizer_files(tmp_path / name, model).items():
+        (written / file).write_text(json.dumps(content), encoding="utf-8")
+    assert load_vocabulary(written).encode_input("yes") == words.encode_input("yes")
+    described = json.loads((written / "tokenizer_config.json").read_text())
+    assert described["add_bos_token"] is adds
+    # Other readers look at the tokenizer alone.
+    (written / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    assert load_vocabulary(written).encode_input("yes") == words.encode_input("yes")
+
+
+def test_ends_of_the_model_serve_where_the_tokenizer_names_none(tmp_path: Path) -> None:
+    """As in GPT-2's repository."""
+    file = byte_level(tmp_path, config={})
+    ids = TokenIds(pad=2, eos=2, start=-1)
+    model: Any = SimpleNamespace(vocab_size=500, token_ids=ids)
+    assert tokenizer_files(file, model)["tokenizer.json"] == file
+    checkpoint = ModelCheckpoint(
+        location="", source=tmp_path, config=model, params={}, vocabulary_file=file
+    )
+    words = checkpoint.vocabulary()
+    assert words is not None and words.token_ids == ids
 
 
 @pytest.mark.parametrize(
@@ -225,7 +270,7 @@ def test_without_an_end_of_sequence(tmp_path: Path) -> None:
 
 
 def test_t5_needs_its_ids(tokenizers: dict[str, HfTokenizer]) -> None:
-    with pytest.raises(UserError, match=r"T5 needs <pad>, </s>, <unk> at ids 0, 1 and 2, but this"):
+    with pytest.raises(UserError, match=r"T5 needs <pad> and </s> at ids 0 and 1, and <unk> at 2"):
         require_t5(tokenizers["json"])
 
 
@@ -355,6 +400,11 @@ def test_damaged_metadata_is_read_or_refused(
         ),
         ("qwen2", "in 1987\n x", ["in", " ", "1", "9", "8", "7", "\n", " x"]),
         ("bloom", "in 1987, x (y", ["in", " 1987", ",", " x", " (", "y"]),
+        (
+            "default",
+            "in 19871's. `  end\n",
+            ["in", " ", "198", "71", "'", "s", ".", " `", " ", " end", "\n"],
+        ),
     ],
 )
 def test_pre_tokenizers(
@@ -365,6 +415,39 @@ def test_pre_tokenizers(
     parts = made._tokenizer.pre_tokenizer.pre_tokenize_str(text)  # type: ignore[union-attr]
     assert [text[start:stop] for _, (start, stop) in parts] == words
     assert made.decode(made.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("architecture", "pre"),
+    [("gpt2", "gpt-2"), ("bloom", "bloom"), ("qwen2", "qwen2"), ("qwen3", "qwen2")],
+)
+def test_an_old_file_has_the_pre_tokenizer_of_its_architecture(
+    tokenizers: dict[str, HfTokenizer],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    architecture: str,
+    pre: str,
+) -> None:
+    def splits(name: str, change: Callable[[dict[str, Any]], object]) -> list[Any]:
+        metadata = gpt2_metadata(tokenizers["json"].path, pre)
+        metadata["general.architecture"] = architecture
+        change(metadata)
+        made = load_vocabulary(write_gguf(tmp_path / name, metadata))
+        text = "in 19871's. `  END\n\nx (y"
+        parts: list[Any] = made._tokenizer.pre_tokenizer.pre_tokenize_str(text)  # type: ignore[union-attr]
+        return parts
+
+    known = splits("known.gguf", lambda metadata: None)
+    assert splits("old.gguf", lambda metadata: metadata.pop("tokenizer.ggml.pre")) == known
+    assert not caplog.records
+
+    def of_another(metadata: dict[str, Any]) -> None:
+        del metadata["tokenizer.ggml.pre"]
+        metadata["general.architecture"] = "llama"
+
+    default = splits("llama.gguf", of_another)
+    assert "does not name its pre-tokenizer" in caplog.text
+    assert default == splits("default.gguf", lambda m: m.update({"tokenizer.ggml.pre": "default"}))
 
 
 def test_known_pre_tokenizers_are_built(tokenizers: dict[str, HfTokenizer], tmp_path: Path) -> None:

@@ -160,22 +160,36 @@ def test_bad_files_are_user_errors(tmp_path):
         load_vocabulary(TINY, extra_ids=-1)
 
 
-def test_special_ids_elsewhere_are_a_user_error(tmp_path):
+def trained(file, **options):
     import io
 
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a b c d e f"] * 10),
-        model_writer=model,
-        vocab_size=10,
-        minloglevel=2,
+        sentence_iterator=iter(["a b c d e f"] * 10), model_writer=model, minloglevel=2, **options
     )
-    file = tmp_path / "llama.model"
     file.write_bytes(model.getvalue())
-    with pytest.raises(UserError, match=r"ids 0, 1 and 2, but they are at -1, 2, 0"):
+    return file
+
+
+def test_special_ids_elsewhere_are_a_user_error(tmp_path):
+    file = trained(tmp_path / "llama.model", vocab_size=10)
+    with pytest.raises(UserError, match=r"at ids 0 and 1, but they are at -1 and 2"):
         load_vocabulary(file)
+
+
+def test_unknown_is_3_in_umt5(tmp_path):
+    ids = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}
+    words = load_vocabulary(trained(tmp_path / "spiece.model", vocab_size=12, **ids))
+    assert words.extra_ids == 100 and words.sentinel(0) == words.size - 1
+    known, unknown = words.encode("a"), words.encode("x")
+    assert 3 in unknown and 3 not in known
+    assert words.pieces(10_000) == words.pieces(3) == "<unk>"
+    assert words.decode([2, *known, 1, *known]) == "a"
+    assert words.decode([10_000]) == words.decode([3]) != words.decode([2])
+    with pytest.raises(UserError, match="no sentinel <extra_id_100>"):
+        words.sentinel(100)
 
 
 def test_missing_sentinels_are_a_user_error(tiny):

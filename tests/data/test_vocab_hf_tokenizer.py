@@ -32,7 +32,7 @@ def write(path: Path, *, first: tuple[str, ...] = ("<pad>", "</s>", "<unk>")) ->
     model = sentencepiece.SentencePieceProcessor(model_file=str(TINY))
     pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(len(model))]
     pieces[: len(first)] = [(piece, 0.0) for piece in first]
-    made = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=first.index("<unk>")))
     made.normalizer = tokenizers.normalizers.Sequence(
         [
             tokenizers.normalizers.NFKC(),
@@ -106,6 +106,17 @@ def test_folders(tokenizer: HfTokenizer, file: Path, tmp_path: Path) -> None:
     assert load_vocabulary(tmp_path) == Vocabulary(TINY)
 
 
+def test_unknown_is_3_in_umt5(tmp_path: Path) -> None:
+    words = HfTokenizer(
+        write(tmp_path / "tokenizer.json", first=("<pad>", "</s>", "<s>", "<unk>")),
+        token_ids=TokenIds(),
+    )
+    require_t5(words)
+    ids = words.encode("all is well")
+    assert words.decode([2, *ids, 9999, 1, *ids]) == words.decode([*ids, 3]) == "all is well<unk>"
+    assert words.pieces(9999) == words.pieces(3) == "<unk>"
+
+
 def test_wrong_files(file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read the vocabulary"):
         load_vocabulary(tmp_path / "tokenizer.json")
@@ -114,7 +125,7 @@ def test_wrong_files(file: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"not a tokenizer, or a damaged one"):
             load_vocabulary(tmp_path)
     write(tmp_path / "tokenizer.json", first=("</s>", "<pad>", "<unk>"))
-    with pytest.raises(UserError, match=r"this file has </s>, <pad>, <unk> there"):
+    with pytest.raises(UserError, match=r"this file begins with </s>, <pad>, <unk>, "):
         require_t5(load_vocabulary(tmp_path, token_ids=TokenIds()))
 
 

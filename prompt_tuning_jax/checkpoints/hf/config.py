@@ -19,7 +19,7 @@ from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     TOKENIZER,
     TOKENIZER_CONFIG,
 )
-from prompt_tuning_jax.data.vocabularies.vocab import UNK_ID, ByteVocabulary, load_vocabulary
+from prompt_tuning_jax.data.vocabularies.vocab import ByteVocabulary, load_vocabulary
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import ModelConfig, TokenIds
 from prompt_tuning_jax.models.t5.config import T5Config
@@ -258,7 +258,7 @@ def tokenizer_files(
     the model.
     """
     path = Path(vocabulary_file)
-    words = load_vocabulary(vocabulary_file, max_size=config.vocab_size)
+    words = load_vocabulary(vocabulary_file, token_ids=config.token_ids, max_size=config.vocab_size)
     if isinstance(words, ByteVocabulary):
         _require_room(words.size, config, path=path, what="ids")
         special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -284,7 +284,7 @@ def tokenizer_files(
         "extra_ids": min(room, words.extra_ids),
         "pad_token": words.pieces(0),
         "eos_token": words.pieces(words.eos_id),
-        "unk_token": words.pieces(UNK_ID),
+        "unk_token": words.pieces(words.unk_id),
     }
     return {VOCABULARY: path, TOKENIZER_CONFIG: described}
 

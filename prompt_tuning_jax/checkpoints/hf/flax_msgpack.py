@@ -123,10 +123,10 @@ def _whole(shape: list[Any]) -> tuple[int, ...]:
 
 
 class _Scanner:
-    def __init__(self, buffer: memoryview) -> None:
+    def __init__(self, buffer: memoryview, *, values: int = 0) -> None:
         self.buffer = buffer
         self.position = 0
-        self.values = 0
+        self.values = values
 
     def take(self, size: int) -> memoryview:
         part = self.buffer[self.position : self.position + size]
@@ -159,7 +159,7 @@ class _Scanner:
         if 0xC4 <= tag <= 0xC6:
             return self.take(self.number(1 << (tag - 0xC4)))
         if 0xC7 <= tag <= 0xC9:
-            return self.extension(self.number(1 << (tag - 0xC7)))
+            return self.extension(self.number(1 << (tag - 0xC7)), depth)
         if tag in (0xCA, 0xCB):
             size = 4 << (tag - 0xCA)
             return float(np.frombuffer(self.take(size), f">f{size}")[0])
@@ -170,7 +170,7 @@ class _Scanner:
         if tag >= 0xE0:
             return tag - 0x100
         if 0xD4 <= tag <= 0xD8:
-            return self.extension(1 << (tag - 0xD4))
+            return self.extension(1 << (tag - 0xD4), depth)
         if 0xD9 <= tag <= 0xDB:
             return str(self.take(self.number(1 << (tag - 0xD9))), "utf-8")
         if tag in (0xDC, 0xDD):
@@ -188,9 +188,11 @@ class _Scanner:
             entries[name] = self.value(depth + 1)
         return entries
 
-    def extension(self, size: int) -> FlaxArray:
+    def extension(self, size: int, depth: int) -> FlaxArray:
         code, payload = self.number(1), self.take(size)
-        parts = _Scanner(payload).value() if code in (_NDARRAY, _SCALAR) else None
+        inner = _Scanner(payload, values=self.values)
+        parts = inner.value(depth + 1) if code in (_NDARRAY, _SCALAR) else None
+        self.values = inner.values
         match parts:
             case [list(shape), str(dtype), memoryview() as data]:
                 return FlaxArray(shape=_whole(shape), dtype=dtype, pieces=(data,))

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
+from prompt_tuning_jax.checkpoints.array_files import require_stored
 from prompt_tuning_jax.checkpoints.hf.flax_msgpack import FlaxArray, scan_msgpack
 from prompt_tuning_jax.checkpoints.lazy_arrays import Index, LazyArray
 from prompt_tuning_jax.errors import UserError
@@ -208,6 +209,7 @@ def _open_torch(path: Path, is_unused: IsUnused) -> dict[str, LazyArray]:
         where = f"{path}: {name}"
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             raise UserError(f"{where} is a {type(tensor).__name__} and not a plain tensor")
+        require_stored(tensor, of=where)
         dtype = _dtype(str(tensor.dtype).removeprefix("torch."), where=where)
         shape = tuple(tensor.shape)
 

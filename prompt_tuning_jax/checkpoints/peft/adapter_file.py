@@ -15,6 +15,7 @@ from prompt_tuning_jax.checkpoints.array_files import (
     checked_prompt,
     map_safetensors,
     read_safetensors,
+    require_stored,
     safetensors_bytes,
 )
 from prompt_tuning_jax.errors import UserError
@@ -316,6 +317,7 @@ def _read_torch(path: Path) -> dict[Any, HostArray]:
     arrays = {}
     for name, tensor in tensors.items():
         try:
+            require_stored(tensor, of=f"{path}: {name}")
             arrays[name] = _from_torch(tensor, torch)
         except (TypeError, RuntimeError) as error:  # sparse tensors, and types that NumPy lacks
             raise UserError(

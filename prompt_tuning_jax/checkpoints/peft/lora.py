@@ -8,7 +8,7 @@ written as one pair of a higher rank, whose second matrix is zero outside their 
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from prompt_tuning_jax.untrusted_input import compile_pattern
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 # Values of init_lora_weights that leave the model's weights unchanged.
+_MOST_PATTERNS = 4096  # of ranks or alphas, each of which is tried on every module
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -197,35 +198,29 @@ def _arrays_of(path: str, pair: _Pair, *, embeds: bool) -> dict[str, HostArray]:
     return {name: getattr(pair, field) for field, name in names.items()}
 
 
-def _pattern(described: Mapping[str, Any], field: str, where: Path) -> dict[str, float]:
-    """Returns a field with numbers by regular expressions for names of modules."""
+def _pattern(described: Mapping[str, Any], field: str, where: Path) -> list[tuple[Any, float]]:
+    """Returns a field's regular expressions for names of modules, each with its number."""
     pattern = described.get(field) or {}
     kinds = (int,) if field == "rank_pattern" else (int, float)
     if not isinstance(pattern, dict):
         raise UserError(f"{where}: {field} is {shown(pattern)}; it must be numbers by name")
+    if len(pattern) > _MOST_PATTERNS:
+        raise UserError(
+            f"{where}: {field} has {len(pattern):,} entries; at most {_MOST_PATTERNS:,} are read"
+        )
     for key, value in pattern.items():
         if type(value) not in kinds or not np.isfinite(value) or (len(kinds) == 1 and value < 1):
             wanted = "a positive integer" if len(kinds) == 1 else "a number"
             raise UserError(f"{where}: {field} has {shown(value)} for {key}; it must be {wanted}")
         compile_pattern(key, of=f"{where}: {field}")
-    return pattern
+    # PEFT matches them with module names from their start.
+    expressions = [compile_pattern(rf"(.*\.)?({key})", of="") for key in pattern]
+    return list(zip(expressions, pattern.values(), strict=True))
 
 
-def _in_module(key: str) -> str:
-    """Returns the expression that PEFT matches with module names, from their start."""
-    return rf"(.*\.)?({key})"
-
-
-def _of_module(pattern: Mapping[str, float], name: str, default: float) -> float:
+def _of_module(pattern: Sequence[tuple[Any, float]], name: str, default: float) -> float:
     """Returns the number of the first expression that matches, as PEFT chooses."""
-    return next(
-        (
-            value
-            for key, value in pattern.items()
-            if compile_pattern(_in_module(key), of="").fullmatch(name)
-        ),
-        default,
-    )
+    return next((value for expression, value in pattern if expression.fullmatch(name)), default)
 
 
 def _patterns_of(numbers: Mapping[str, float]) -> tuple[float, tuple[str, ...]]:

@@ -21,6 +21,7 @@ from prompt_tuning_jax.typing import HostArray
 PREFIX = "base_model.model."  # begins the name of every array
 KERNEL = "/kernel"
 _HEAD = "lm_head"
+_LANGUAGE_MODEL = "language_model."  # in the names of a model that reads images, too
 # Our uses of the embedding table in a decoder: for the tokens before, and as the output head.
 EMBED_TOKENS, TIED_HEAD = "decoder/embed_tokens", "decoder/tied_logits"
 
@@ -258,17 +259,22 @@ def of_language_model(
     """Returns the language model's arrays, and the configuration with its names in the adapter.
 
     In an adapter of a model that reads images, too, those of its other parts are left out: they
-    change nothing about texts.
+    change nothing about texts.  Names of transformers before 4.52 become today's.
     """
     for kind, family in FAMILIES.items():
         inside = as_base_model(config, kind)
-        prefix = f"{PREFIX}{family.names.prefixes[0]}"
-        if inside is not config and any(name.startswith(prefix) for name in arrays):
-            language_arrays = {
-                name: array
-                for name, array in arrays.items()
-                if not family.names.is_unused(name.removeprefix(PREFIX))
-            }
+        if inside is config:
+            continue
+        names = family.names
+        of_texts = [f"{PREFIX}{prefix}" for prefix in names.prefixes if _LANGUAGE_MODEL in prefix]
+        if any(name.startswith(tuple(of_texts)) for name in arrays):
+            language_arrays = {}
+            for name, array in arrays.items():
+                prefix = next((each for each in of_texts if name.startswith(each)), "")
+                if prefix:
+                    name = of_texts[0] + name.removeprefix(prefix)
+                if not names.is_unused(name.removeprefix(PREFIX)):
+                    language_arrays[name] = array
             return language_arrays, inside
     return dict(arrays), config
 

@@ -7,6 +7,7 @@ names and their patterns are those of llama.cpp (``src/llama-vocab.cpp``), writt
 """
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from prompt_tuning_jax.data.vocabularies.tokenizer_spec import (
 from prompt_tuning_jax.errors import UserError, suggest
 from prompt_tuning_jax.models.config import TokenIds
 
+_log = logging.getLogger(__name__)
+
 _PREFIX = "tokenizer.ggml."
 CHAT_TEMPLATE = "tokenizer.chat_template"
 # Types of tokens.
@@ -33,15 +36,26 @@ _SPECIAL_NAMES = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-# Tokens that end a turn of a conversation, in models whose end of sequence is another one.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>")
+# Tokens that end a generated text as well, in models whose end of sequence is another one.
+_ENDS = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>"),
+    "<|endoftext|>",
+)
+_LLAMA3_TOKENS = 128_256
 _LONGEST_PIECE = 256  # characters; the longest published ones have 128
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Name of a pre-tokenizer -> the pattern of its words; "" is GPT-2's, "digits" splits digits first.
-_GPT2, _DIGITS = "", "digits"
+# Name of a pre-tokenizer -> the pattern of its words; "" is GPT-2's, "digits" splits digits first,
+# and "default" is that of llama.cpp for files that name none, whose patterns split one another.
+_GPT2, _DIGITS, _DEFAULT = "", "digits", "default"
+_DEFAULT_PATTERNS = (
+    r"[\p{P}$+<=>^~|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
 _LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
 _QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
 _BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
@@ -49,7 +63,8 @@ _BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 # pattern do not.
 _OF_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3")
 PRE_TOKENIZERS: Mapping[str, str] = {
-    **dict.fromkeys(("default", "gpt-2", "phi-2", "olmo", "mpt"), _GPT2),
+    "default": _DEFAULT,
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), _DIGITS),
     **dict.fromkeys((*_OF_LLAMA3, "dbrx", "smaug-bpe"), _LLAMA3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _QWEN2),
@@ -75,9 +90,12 @@ def spec_of_metadata(metadata: Metadata, path: Path) -> TokenizerSpec:
         raise UserError(f"{path}: {_PREFIX}model is {kind!r}; gpt2 and llama tokenizers are read")
     tokens = _tokens(metadata, path)
     types = _numbers(metadata, "token_type", len(tokens), path, default=_NORMAL)
-    build = _byte_level if kind == "gpt2" else _sentencepiece
+    pre = _pre_tokenizer(metadata, len(tokens), path) if kind == "gpt2" else ""
     with no_panic(path):
-        tokenizer = build(metadata, tokens, types, path)
+        if kind == "gpt2":
+            tokenizer = _byte_level(metadata, tokens, pre, path)
+        else:
+            tokenizer = _sentencepiece(metadata, tokens, types, path)
         _add_tokens(tokenizer, tokens, types, path)
     special = {
         name: tokens[token_id]
@@ -87,14 +105,8 @@ def spec_of_metadata(metadata: Metadata, path: Path) -> TokenizerSpec:
     template = metadata.get(CHAT_TEMPLATE, "")
     if not isinstance(template, str):
         raise UserError(f"{path}: {CHAT_TEMPLATE} is not a text")
-    adds_bos = "bos_token" in special and _adds_bos(kind, metadata)
+    adds_bos = "bos_token" in special and (kind == "llama" or pre in _OF_LLAMA3)
     adds_bos = _flag(metadata, "add_bos_token", default=adds_bos, path=path)
-    if adds_bos and "bos_token" in special:
-        # For a tokenizer.json that is written; here, add_bos decides.
-        bos = special["bos_token"]
-        tokenizer.post_processor = import_tokenizers(path).processors.TemplateProcessing(
-            single=[bos, "$A"], special_tokens=[(bos, tokenizer.token_to_id(bos))]
-        )
     return TokenizerSpec(
         tokenizer=tokenizer,
         digest=_digest(metadata),
@@ -119,7 +131,7 @@ def token_ids_of(metadata: Metadata, path: Path) -> TokenIds:
     pad = _token_id(metadata, "padding_token_id", len(tokens), path)
     more = {_token_id(metadata, key, len(tokens), path) for key in ("eot_token_id", "eom_token_id")}
     control = {tokens[i]: i for i in np.flatnonzero(types == _CONTROL).tolist()}
-    more |= {control.get(text) for text in _TURN_ENDS}
+    more |= {control.get(text) for text in _ENDS}
     return TokenIds(
         pad=eos if pad is None else pad,
         eos=eos,
@@ -128,13 +140,9 @@ def token_ids_of(metadata: Metadata, path: Path) -> TokenIds:
     )
 
 
-def _byte_level(metadata: Metadata, tokens: Sequence[str], types: np.ndarray, path: Path) -> Any:
-    del types
+def _byte_level(metadata: Metadata, tokens: Sequence[str], name: str, path: Path) -> Any:
     library = import_tokenizers(path)
     pre, models = library.pre_tokenizers, library.models
-    name = metadata.get(f"{_PREFIX}pre", "default")
-    if name not in PRE_TOKENIZERS:
-        raise UserError(f"{path}: {_PREFIX}pre: {suggest(str(name), [*PRE_TOKENIZERS])}")
     pattern = PRE_TOKENIZERS[name]
     merges = metadata.get(f"{_PREFIX}merges")
     if not isinstance(merges, list):
@@ -151,7 +159,14 @@ def _byte_level(metadata: Metadata, tokens: Sequence[str], types: np.ndarray, pa
     )
     if pattern == _QWEN2:
         tokenizer.normalizer = library.normalizers.NFC()
-    if pattern == _GPT2:
+    if pattern == _DEFAULT:
+        splits = [
+            pre.Split(library.Regex(each), behavior="isolated", invert=False)
+            for each in _DEFAULT_PATTERNS
+        ]
+        byte_level = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre.Sequence([*splits, byte_level])
+    elif pattern == _GPT2:
         tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False, use_regex=True)
     elif pattern == _DIGITS:
         byte_level = pre.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -162,6 +177,31 @@ def _byte_level(metadata: Metadata, tokens: Sequence[str], types: np.ndarray, pa
         tokenizer.pre_tokenizer = pre.Sequence([split, byte_level])
     tokenizer.decoder = library.decoders.ByteLevel()
     return tokenizer
+
+
+def _pre_tokenizer(metadata: Metadata, number: int, path: Path) -> str:
+    """Returns the name of the pre-tokenizer of ``number`` tokens; UserError for an unknown one.
+
+    Old files name none: their architecture tells it, or it is llama.cpp's default.
+    """
+    name = metadata.get(f"{_PREFIX}pre")
+    if name is not None:
+        if name not in PRE_TOKENIZERS:
+            raise UserError(f"{path}: {_PREFIX}pre: {suggest(str(name), [*PRE_TOKENIZERS])}")
+        return str(name)
+    architecture = metadata.get("general.architecture")
+    if architecture == "llama" and number == _LLAMA3_TOKENS:
+        return "llama-bpe"
+    of_architecture = {"gpt2": "gpt-2", "bloom": "bloom", "qwen2": "qwen2", "qwen3": "qwen2"}
+    if architecture in of_architecture:
+        return of_architecture[architecture]
+    _log.warning(
+        "%s: the file does not name its pre-tokenizer (%spre): texts are split as llama.cpp does "
+        "then, which may not be as in training; convert the model again, or name its tokenizer in "
+        "model.vocabulary",
+        *(path, _PREFIX),
+    )
+    return _DEFAULT
 
 
 def _merge(line: str, vocab: Mapping[str, int], path: Path) -> tuple[str, str]:
@@ -274,11 +314,6 @@ def _flag(metadata: Metadata, name: str, *, default: bool, path: Path) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"{path}: {_PREFIX}{name} is {value!r}; it must be true or false")
     return value
-
-
-def _adds_bos(kind: str, metadata: Metadata) -> bool:
-    """Returns whether a tokenizer adds the beginning of sequence if its file does not say so."""
-    return kind == "llama" or metadata.get(f"{_PREFIX}pre") in _OF_LLAMA3
 
 
 def _digest(metadata: Metadata) -> str:

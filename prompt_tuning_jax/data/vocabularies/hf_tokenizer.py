@@ -24,14 +24,15 @@ from prompt_tuning_jax.data.vocabularies.tokenizer_json import (
     bpe_spec,
     json_spec,
     parse_tokenizer,
+    post_processor,
     tokenizer_as_json,
 )
 from prompt_tuning_jax.data.vocabularies.tokenizer_spec import no_panic
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.models.config import TokenIds
 
-T5_SPECIAL = ("<pad>", "</s>", "<unk>")  # at ids 0, 1 and 2, in T5
-_T5_EOS, _UNKNOWN = 1, 2
+_PAD, _BOS, _EOS, _UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"  # of T5's vocabularies
+_T5_EOS = 1
 
 
 class HfTokenizer(BaseVocabulary):
@@ -41,8 +42,8 @@ class HfTokenizer(BaseVocabulary):
     beside it.  The tokenizer's
     other files in the folder say which tokens are special.  An input starts with the
     beginning of sequence if the tokenizer adds one.  ``token_ids`` defaults to T5's in T5's
-    vocabularies, which have padding, end and unknown at ids 0, 1 and 2 (``is_t5``), and otherwise
-    to those of a decoder-only model with the special tokens of the files.
+    vocabularies, which have padding and end at ids 0 and 1, and unknown at 2 or 3 (``is_t5``), and
+    otherwise to those of a decoder-only model with the special tokens of the files.
 
     ``encode`` recognizes special tokens in texts, as transformers does; ``encode_chat`` does not.
     ``decode`` leaves special tokens out; in T5's vocabularies, it keeps sentinels and ``<unk>``.
@@ -71,8 +72,8 @@ class HfTokenizer(BaseVocabulary):
         self._special = dict(spec.special)
         self._chat_template = spec.chat_template
         self._measure()
-        first = tuple(self._tokenizer.id_to_token(i) for i in range(len(T5_SPECIAL)))
-        self.is_t5 = first == T5_SPECIAL
+        first = [self._tokenizer.id_to_token(i) for i in range(4)]
+        self.is_t5 = first[:2] == [_PAD, _EOS] and _UNKNOWN in first
         self.token_ids, self.eos_id = self._ids(token_ids or spec.token_ids)
         self.input_start = self._input_start(spec.add_bos)
         self.fingerprint = spec.digest + ids_suffix(self.token_ids)
@@ -178,7 +179,8 @@ class HfTokenizer(BaseVocabulary):
         """
         kept = up_to(ids, self.token_ids.all_eos)
         if self.is_t5:
-            kept = [i if 0 <= i < self._size else _UNKNOWN for i in kept if i not in (0, _T5_EOS)]
+            unknown, *left_out = map(self._tokenizer.token_to_id, (_UNKNOWN, _PAD, _BOS, _EOS))
+            kept = [i if 0 <= i < self._size else unknown for i in kept if i not in left_out]
         else:
             kept = [i for i in kept if 0 <= i < self._size and i not in self._special_ids]
         incomplete = self._incomplete(kept)
@@ -208,7 +210,7 @@ class HfTokenizer(BaseVocabulary):
         token_id = int(token_id)
         piece = self._tokenizer.id_to_token(token_id) if 0 <= token_id < self.size else None
         if piece is None:
-            return T5_SPECIAL[_UNKNOWN]
+            return _UNKNOWN
         if self._is_byte_level and token_id not in self._special_ids:
             piece = _text_of_bytes(piece)
         return str(piece).replace(" ", "▁")
@@ -224,9 +226,14 @@ class HfTokenizer(BaseVocabulary):
     def as_json(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the contents of ``tokenizer.json`` and ``tokenizer_config.json``."""
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special}
+        config["add_bos_token"] = bool(self.input_start)
         if self._chat_template:
             config["chat_template"] = self._chat_template
-        return tokenizer_as_json(self._tokenizer, path=self.path), config
+        content = tokenizer_as_json(self._tokenizer, path=self.path)
+        if self._input_start(None) != self.input_start:  # the files beside the tokenizer decide
+            first = {str(self._tokenizer.id_to_token(i)): i for i in self.input_start}
+            content["post_processor"] = post_processor(first)
+        return content, config
 
     @cached_property
     def _plain(self) -> PlainEncoder:

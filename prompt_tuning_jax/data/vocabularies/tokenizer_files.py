@@ -7,6 +7,7 @@ encodes the text between them, as in transformers' Python tokenizers
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,8 @@ def read_added_tokens(folder: Path, *, without: Container[str] = _SPECIAL) -> Ad
             by_id[_checked_id(token_id, where=where)] = token
     by_id = {token_id: token for token_id, token in by_id.items() if token.content not in without}
     contents = [token.content for token in by_id.values()]
-    if len(set(contents)) < len(contents):
-        twice = next(content for content in contents if contents.count(content) > 1)
+    ((twice, count),) = Counter(contents).most_common(1) or [("", 1)]
+    if count > 1:
         raise UserError(f"{where}: the token {twice!r} has two ids")
     sentinels = [content for content in (*contents, *special) if _SENTINEL.fullmatch(content)]
     rest = [

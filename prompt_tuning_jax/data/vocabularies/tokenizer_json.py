@@ -1,6 +1,7 @@
 """Reads ``tokenizer.json``, or the ``vocab.json`` and ``merges.txt`` from which it is made."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,23 @@ def tokenizer_as_json(tokenizer: Any, *, path: Path) -> dict[str, Any]:
     """Returns the content of a tokenizer.json."""
     content: dict[str, Any] = read_json(tokenizer.to_str(), of=str(path), max_bytes=_LARGEST)
     return content
+
+
+def post_processor(first: Mapping[str, int]) -> dict[str, Any] | None:
+    """Returns what in a tokenizer.json puts these tokens, with their ids, in front of an input."""
+    if not first:
+        return None
+    starts = [{"SpecialToken": {"id": token, "type_id": 0}} for token in first]
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [*starts, text],
+        "pair": [*starts, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            token: {"id": token, "ids": [token_id], "tokens": [token]}
+            for token, token_id in first.items()
+        },
+    }
 
 
 def json_spec(path: Path, *, max_size: int | None) -> TokenizerSpec:

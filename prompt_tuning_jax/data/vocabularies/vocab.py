@@ -1,8 +1,9 @@
 """Vocabularies: T5's SentencePiece files, ByT5's bytes, Hugging Face's tokenizers, GGUF files.
 
-In those of T5, ids 0, 1 and 2 are padding, end of sequence and unknown.  A model may use other ids
-than its vocabulary (``token_ids``): an input of T5 ends with the vocabulary's ``eos_id``, as in
-transformers, and a target with the model's ``token_ids.eos``, at which decoding stops.
+In those of T5, ids 0 and 1 are padding and end of sequence; unknown is 2, or 3 in UMT5's.  A model
+may use other ids than its vocabulary (``token_ids``): an input of T5 ends with the vocabulary's
+``eos_id``, as in transformers, and a target with the model's ``token_ids.eos``, at which decoding
+stops.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from prompt_tuning_jax.data.vocabularies.base import BaseVocabulary
 from prompt_tuning_jax.data.vocabularies.class_vocabulary import ClassVocabulary
 from prompt_tuning_jax.data.vocabularies.gguf_metadata import GGUF_SUFFIX
-from prompt_tuning_jax.data.vocabularies.hf_tokenizer import T5_SPECIAL, HfTokenizer
+from prompt_tuning_jax.data.vocabularies.hf_tokenizer import HfTokenizer
 from prompt_tuning_jax.data.vocabularies.tokenizer_files import (
     SENTENCEPIECE_BPE,
     SENTENCEPIECE_FILES,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 PAD_ID = 0
 EOS_ID = 1
-UNK_ID = 2
 T5_IDS = TokenIds()
 _LARGEST = 2**27  # bytes of a SentencePiece file; the largest published ones have 5 million
 
@@ -59,7 +59,7 @@ class Vocabulary(BaseVocabulary):
 
     Vocabularies with the same model file and sentinels are equal, and have the same hash.  Behaves
     like ``seqio.SentencePieceVocabulary``.  Raises UserError for a file that is missing, is not a
-    SentencePiece model, or has other ids than 0, 1 and 2 for padding, end and unknown.
+    SentencePiece model, or has other ids than 0 and 1 for padding and end.
     """
 
     eos_id = EOS_ID
@@ -77,13 +77,14 @@ class Vocabulary(BaseVocabulary):
             raise UserError(f"extra_ids is {extra_ids}; it must be at least 0")
         model = _read_model(self.path)
         processor = _load_processor(model, path=self.path)
+        self.unk_id = int(processor.unk_id())
         added = AddedTokens(by_id={})
         if self.path.name == SENTENCEPIECE_FILES[0]:
             added = read_added_tokens(self.path.parent)
             extra_ids = added.extra_ids if extra_ids is None else extra_ids
         self.sentinels_are_assumed = extra_ids is None
         if extra_ids is None:
-            holds_sentinels = processor.piece_to_id(_sentinel_piece(0)) != UNK_ID
+            holds_sentinels = processor.piece_to_id(_sentinel_piece(0)) != self.unk_id
             extra_ids = 0 if holds_sentinels else DEFAULT_SENTINELS
         if extra_ids and not added.lists_sentinels:
             # Concatenated protocol buffers are merged: repeated fields are appended.
@@ -154,7 +155,7 @@ class Vocabulary(BaseVocabulary):
         if token_id in self._token_of:
             return self._token_of[token_id]
         known = 0 <= token_id < len(self._processor)
-        return str(self._processor.id_to_piece(token_id if known else UNK_ID))
+        return str(self._processor.id_to_piece(token_id if known else self.unk_id))
 
     def sentinel(self, index: int) -> int:
         """Returns the id of ``<extra_id_{index}>``; UserError if there is none."""
@@ -162,7 +163,7 @@ class Vocabulary(BaseVocabulary):
         if listed is not None:
             return listed
         token_id = int(self._processor.piece_to_id(_sentinel_piece(index)))
-        if token_id == UNK_ID:
+        if token_id == self.unk_id:
             raise UserError(f"{self.path}: the vocabulary has no sentinel <extra_id_{index}>")
         return token_id
 
@@ -177,7 +178,7 @@ class Vocabulary(BaseVocabulary):
         self._size = max(self._size, 1 + max(tokens, default=0))
         for token in added.without_id:
             piece = int(self._processor.piece_to_id(token.content))
-            if piece == UNK_ID:
+            if piece == self.unk_id:
                 piece, self._size = self._size, self._size + 1
             tokens[piece] = token
         self._token_of = {token_id: token.content for token_id, token in tokens.items()}
@@ -192,7 +193,7 @@ class Vocabulary(BaseVocabulary):
 
     def _decode_pieces(self, ids: list[int]) -> str:
         last = len(self._processor)
-        return str(self._processor.decode([i if 0 <= i < last else UNK_ID for i in ids]))
+        return str(self._processor.decode([i if 0 <= i < last else self.unk_id for i in ids]))
 
     def __repr__(self) -> str:
         return f"Vocabulary({str(self.path)!r}, extra_ids={self.extra_ids})"
@@ -303,12 +304,12 @@ def load_vocabulary(
 
 
 def require_t5(vocabulary: TextVocabulary) -> None:
-    """Raises UserError unless padding, end and unknown have the ids that T5 needs."""
+    """Raises UserError unless the special tokens have the ids that T5 needs."""
     if isinstance(vocabulary, HfTokenizer) and not vocabulary.is_t5:
-        first = [vocabulary.pieces(i) for i in range(len(T5_SPECIAL))]
+        first = [vocabulary.pieces(i) for i in range(4)]
         raise UserError(
-            f"{vocabulary.path}: T5 needs {', '.join(T5_SPECIAL)} at ids 0, 1 and 2, but this file "
-            f"has {', '.join(first)} there: it is another model's"
+            f"{vocabulary.path}: T5 needs <pad> and </s> at ids 0 and 1, and <unk> at 2 or 3, but "
+            f"this file begins with {', '.join(first)}: it is another model's"
         )
 
 
@@ -337,16 +338,16 @@ def _load_processor(model: bytes, *, path: Path) -> "sentencepiece.SentencePiece
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model)
-        ids = (processor.pad_id(), processor.eos_id(), processor.unk_id())
+        ids = (processor.pad_id(), processor.eos_id())
         # A file truncated between two pieces is a valid message without a normalizer.
         if _NORMALIZER_SPEC not in _fields(model):
             raise ValueError("no normalizer")
     except (RuntimeError, ValueError, IndexError):
         raise UserError(f"{path}: not a SentencePiece model, or a damaged one") from None
-    if ids != (PAD_ID, EOS_ID, UNK_ID):
+    if ids != (PAD_ID, EOS_ID):
         raise UserError(
-            f"{path}: T5 needs padding, end and unknown at ids 0, 1 and 2, but they are at "
-            f"{', '.join(map(str, ids))}: the file is damaged or another model's"
+            f"{path}: T5 needs padding and end at ids 0 and 1, but they are at "
+            f"{ids[0]} and {ids[1]}: the file is damaged or another model's"
         )
     return processor
 

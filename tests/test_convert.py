@@ -328,6 +328,8 @@ def test_an_adapter_is_for_the_right_kind_of_model(
         assert (known.model_type, known.embedding_scale) == ("gemma2", 32**0.5)
     kind, said = kind_of("--model", "org/unknown", file)
     assert kind == "CAUSAL_LM" and "4.57 multiplies prompts" in said
+    save_prompt(bare, prompt(width=32))
+    assert "multiplies" not in kind_of("--model", families / "gemma3_text", bare)[1]
     # PEFT does not read GGUF files.
     metadata = PromptMetadata(model_name="smollm2", model_type="llama")
     save_prompt(tmp_path / "s.safetensors", prompt(), metadata=metadata)

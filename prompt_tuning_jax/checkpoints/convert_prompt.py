@@ -240,7 +240,7 @@ def _note_on_scale(metadata: PromptMetadata, base: _Base) -> list[str]:
             f"the adapter's prompt is divided by {in_peft:g}: transformers multiplies the prompts "
             "of this model by it, as it does the embeddings of its tokens"
         ]
-    if scale == 1.0 or getattr(config, "model_type", metadata.model_type) == "t5gemma2":
+    if scale == 1.0 or getattr(config, "model_type", metadata.model_type) != "gemma2":
         return []
     return [
         f"the adapter is for transformers 5.24 or newer: 4.57 multiplies prompts by {scale:g}, as "

@@ -136,7 +136,7 @@ def opened(table_VD: np.ndarray, **config: Any) -> ModelCheckpoint:
     vocab_size, embed_dim = table_VD.shape
     of = SimpleNamespace(vocab_size=vocab_size, embed_dim=embed_dim, **config)
     params = {EMBEDDING: SimpleNamespace(whole=lambda: table_VD)}
-    return cast(Any, SimpleNamespace(config=of, params=params, vocabulary_file=None))
+    return cast(Any, SimpleNamespace(config=of, params=params, vocabulary=lambda: None))
 
 
 @pytest.mark.parametrize(

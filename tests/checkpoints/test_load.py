@@ -1,5 +1,6 @@
 """Opening models by name, exactly their arrays, and the host's memory meanwhile."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,10 +13,12 @@ import pytest
 
 from prompt_tuning_jax import param_tree
 from prompt_tuning_jax.checkpoints.hf.pretrained import read_hf
-from prompt_tuning_jax.checkpoints.load import load_model, open_model
+from prompt_tuning_jax.checkpoints.load import _vocabulary, load_model, open_model
 from prompt_tuning_jax.checkpoints.t5x.reader import T5XCheckpoint, open_t5x, read_t5x
 from prompt_tuning_jax.checkpoints.t5x.writer import write_t5x
+from prompt_tuning_jax.data.vocabularies.vocab import load_vocabulary
 from prompt_tuning_jax.errors import UserError
+from prompt_tuning_jax.models.registry import preset
 from prompt_tuning_jax.models.t5.config import T5Config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,3 +179,19 @@ def test_a_model_is_what_it_was(tiny_t5x: Path) -> None:
     params = param_tree.split(load_model(str(tiny_t5x)))[1]
     for name, array in read_t5x(tiny_t5x).items():
         np.testing.assert_array_equal(params[name], array)
+
+
+def test_a_table_may_be_padded_further_for_the_models_own_vocabulary(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """DeepSeek's has 2,385 rows that no token uses; another model's vocabulary is refused."""
+    own = Path(shutil.copy(tiny_model_dir / "spiece.model", tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"extra_ids": 20_000}))
+    size = load_vocabulary(own).size
+    config = dataclasses.replace(preset("t5_1_0_small"), vocab_size=size + 2385)
+    words = _vocabulary("", own, config, model="m")
+    assert words is not None and words.size == size
+    with pytest.raises(UserError, match=rf"has only {size} pieces for the {size + 2385} embedd"):
+        _vocabulary(own, None, config, model="m")
+    with pytest.raises(UserError, match="has only"):
+        _vocabulary("", own, dataclasses.replace(config, vocab_size=2 * size), model="m")

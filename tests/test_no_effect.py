@@ -16,6 +16,7 @@ from tests import tiny_run
 
 OWN = Experiment(data=Data(task="", train="train.jsonl", eval="dev.jsonl"))
 TASK = Experiment()
+TEXT = Experiment(data=Data(task="", train="texts", objectives=("span_corruption",)))
 RATES = Experiment(training=Training(seeds=(0,), learning_rates=(0.1,)))
 INITS = Experiment(training=Training(seeds=(0, 1), inits=("uniform", "file=a.npy")))
 ADAMW = Experiment(optimizer=Optimizer(name="adamw"))
@@ -45,6 +46,8 @@ def refused(experiment: Experiment, override: str, **options: Any) -> str:
         (TASK, "data.inputs_column=a", "neither data.train nor data.eval"),
         (TASK, "data.targets_template={a}", "neither data.train nor data.eval"),
         (TASK, "data.noise_density=0.2", "data.objectives is empty"),
+        (TEXT, "evaluation.best_by=f1", "evaluated by its loss"),
+        (TEXT, "data.max_train_examples=5", "evaluated by its loss"),
         (TASK, "optimizer.beta1=0.8", "it applies to adamw, and optimizer.name is adafactor"),
         (TASK, "optimizer.momentum=0.8", "it applies to sgd"),
         (TASK, "data.separator=;", "neither data.train nor data.eval"),
@@ -85,6 +88,8 @@ def test_fields_that_other_fields_make_void(
         "training.seeds=1",
         "training.workdir=w",
         "model.dropout_rate=0.1",
+        "data.max_train_examples=5",
+        "data.class_weights=balanced",
     ],
 )
 @pytest.mark.parametrize("prompts", [0, 1])
@@ -110,6 +115,7 @@ def test_what_is_of_training(command: str, override: str, prompts: int) -> None:
         (TASK, "method=prompt_design", {"command": "eval"}),
         (Experiment(method=PromptDesign()), "method.shots=2", {"command": "eval"}),
         (Experiment(method=PromptDesign()), "training.seeds=1", {"command": "eval"}),
+        (Experiment(method=PromptDesign()), "data.max_train_examples=5", {"command": "eval"}),
         (TASK, "model.param_dtype=bfloat16", {"command": "serve"}),
         (TASK, "data.module=m", {"command": "serve"}),
         # All seeds' rates fall in the proportion of these two.

@@ -16,6 +16,7 @@ import prompt_tuning_jax as pt
 from prompt_tuning_jax.checkpoints.prompt_file import load_prompt
 from prompt_tuning_jax.cli.main import main
 from prompt_tuning_jax.config.experiment import Data, Experiment, Model
+from prompt_tuning_jax.data.tasks.row_files import RowFile
 from prompt_tuning_jax.data.tasks.task import TrainedTask
 from prompt_tuning_jax.errors import UserError
 from prompt_tuning_jax.inference.ensemble import label_scores
@@ -217,6 +218,17 @@ def test_the_predictions_of_a_table_are_one_column() -> None:
     assert [row["prediction"] for row in table] == ["", "old", ""]
 
 
+@pytest.mark.parametrize("text", ["one\rtwo", "one\ntwo", "one\r\ntwo", 'a "b", c', " x "])
+def test_cells_of_a_table_come_back(text: str, tmp_path: Path) -> None:
+    rows = [{"inputs": text}, {"inputs": "next"}]
+    found = [Prediction(prediction="red", log_probs={"red": -2.0}, votes=None, row=r) for r in rows]
+    file = tmp_path / "out.csv"
+    file.write_text(predictions_text([], found, "csv"), newline="")
+    with file.open(newline="") as opened:
+        assert [row["inputs"] for row in csv.DictReader(opened)] == [text, "next"]
+    assert [row["inputs"] for _, row in RowFile(path=file).rows()] == [text, "next"]
+
+
 def test_lines_of_text_stay_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = write_prompt(tmp_path / "mine.safetensors", inputs_template="say {x}")
     # As an editor on Windows saves it.
@@ -366,6 +378,20 @@ def test_labels_never_come_from_the_evaluation_file(tmp_path: Path) -> None:
         assert evaluate(own, prompts=bare, labels=LABELS).per_prompt[0]["accuracy"] == 0
     named = replace(own, data=replace(own.data, labels=LABELS))
     assert evaluate(named, prompts=array).per_prompt[0]["accuracy"] == 0
+
+
+def test_a_prompt_of_text_stays_one_without_its_training_file(tmp_path: Path) -> None:
+    """Whatever targets the evaluation file repeats."""
+    prompt = write_prompt(tmp_path / "mine.safetensors", labels=(), metric="accuracy", task="x")
+    gone = Data(task="", train=str(tmp_path / "gone.jsonl"))
+    (written,) = predict(micro_model(), "bon", load_prompt(prompt), max_length=5)
+    (found,) = predict(micro_model(), "bon", prompt, max_length=5)
+    assert found.prediction == written.prediction and found.prediction not in LABELS
+    dev = write_rows(tmp_path / "dev.jsonl", [{"inputs": "bon", "targets": "blue"}] * 3)
+    data = replace(gone, eval=str(dev), targets_length=5)
+    result = evaluate(replace(BARE, data=data), prompts=prompt)
+    (predictions,) = result.predictions.values()
+    assert predictions.texts_EN == [[written.prediction] * 3]
 
 
 def test_an_evaluation_says_where_the_wording_is_another(tmp_path: Path) -> None:

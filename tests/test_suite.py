@@ -261,7 +261,16 @@ def test_halves_are_disjoint_and_said_not_to_be_official(tmp_path: Path) -> None
             suites.halves(f"taskless_super_glue_{short}_v102", str(data_dir))
 
 
-def test_all_that_is_missing_is_said_at_once(tmp_path: Path, counted: list[str]) -> None:
+def _raise(error: Exception) -> int:
+    raise error
+
+
+def test_all_that_is_missing_is_said_at_once(
+    tmp_path: Path,
+    counted: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     data_dir = write_rte(tmp_path / "data")
     (data_dir / "RTE/val.jsonl").unlink()
     with pytest.raises(UserError) as error:
@@ -271,6 +280,10 @@ def test_all_that_is_missing_is_said_at_once(tmp_path: Path, counted: list[str])
     assert [line.strip().partition(":")[0] for line in lines[1:]] == [*SUPER_GLUE_METRICS]
     assert "RTE/val.jsonl" in str(error.value) and "RTE/train.jsonl" not in str(error.value)
     assert counted == [] and not (tmp_path / "w").exists()
+    with monkeypatch.context() as patched:  # the command prints it in as many lines
+        patched.setattr("prompt_tuning_jax.cli.main._main", lambda argv: _raise(error.value))
+        assert main([]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == len(lines)
     with pytest.raises(UserError, match="cb, rte:") as error:
         suite(base(tmp_path / "w", tmp_path / "no"), "super_glue", tasks=["rte", "cb"], quiet=True)
     assert str(error.value).count("no such folder") == 1

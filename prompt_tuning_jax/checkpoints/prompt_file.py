@@ -140,6 +140,14 @@ def shared_labels(labels: Mapping[str, tuple[str, ...]], *, instead: str) -> tup
     return common if all(other == common for other in known.values()) else tuple(sorted(common))
 
 
+def generates_text(metadata: PromptMetadata) -> bool:
+    """Returns whether a prompt was trained on targets that are not labels.
+
+    A run stores its labels beside its score, and a mixture those of each of its tasks.
+    """
+    return bool(metadata.metric) and not metadata.labels and not tasks_of(metadata)
+
+
 def listed(labels: Sequence[str]) -> str:
     """Returns the first labels, for a message."""
     return ", ".join(label[:40] for label in labels[:8]) + ", ..." * (len(labels) > 8)

@@ -40,6 +40,15 @@ class Eval(DeviceOptions, DataOptions, ConfigOptions, PromptOptions):
                 "--data is the training file, which defines the labels; name the examples to "
                 "evaluate on with --eval_data"
             )
+        if (
+            self.eval_data
+            and not self.data
+            and self.split not in (None, experiment.data.eval_split)
+        ):
+            raise UserError(
+                f"--split {self.split} has no effect: --eval_data names the examples to score; "
+                "drop one of them"
+            )
         from prompt_tuning_jax.distributed.processes import is_primary
         from prompt_tuning_jax.inference.evaluation import evaluate, prediction_rows
         from prompt_tuning_jax.inference.results import (

@@ -34,7 +34,7 @@ from prompt_tuning_jax.cli.suite import Suite, Transfer
 from prompt_tuning_jax.cli.tasks import Tasks
 from prompt_tuning_jax.cli.train import Train
 from prompt_tuning_jax.distributed.processes import leave_out_missing_tpu
-from prompt_tuning_jax.errors import UserError, printable, suggest
+from prompt_tuning_jax.errors import UserError, printable_lines, suggest
 
 COMMANDS: tuple[type[Command], ...] = (
     *(Train, Eval, Predict, Plan, Init, ImportGin, Tasks, Metrics, Inspect),
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 130
             if not isinstance(error, UserError):
                 raise
-            print(printable(f"error: {error}"), file=sys.stderr)
+            print(printable_lines(f"error: {error}"), file=sys.stderr)
             return 2
 
 

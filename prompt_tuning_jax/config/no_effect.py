@@ -28,6 +28,14 @@ _OF_OPTIMIZERS = {
     "adamw": ("beta1", "beta2"),
     "sgd": ("momentum",),
 }
+# Fields of other groups that only training reads, and those that demonstrations depend on.
+_OF_EXAMPLES = ("data.max_train_examples",)
+_OF_TRAINING = ("model.dropout_rate", "data.class_weights", *_OF_EXAMPLES)
+# Training on text is evaluated by its loss.
+_NOT_OF_TEXT = (
+    *("evaluation.best_by", "evaluation.best_mode", "data.metrics", "data.labels"),
+    *("data.max_train_examples", "data.max_eval_examples", "data.inputs_template"),
+)
 _OF_FALLING_RATES = ("optimizer.decay_steps", "optimizer.end_learning_rate")
 # The initializations that read a field.
 _OF_INITS = {
@@ -102,6 +110,8 @@ def _reason(field: str, experiment: Experiment, *, command: str) -> str:
         )
     elif field in _OF_FILES and not (data.train or data.eval) and command != "predict":
         return "it applies to files, and neither data.train nor data.eval names one"
+    elif field in _NOT_OF_TEXT and data.objectives:
+        return "data.objectives trains on text, which is evaluated by its loss"
     elif field in _OF_TEXT and not data.objectives:
         return "it applies to pre-training, and data.objectives is empty"
     elif field == "evaluation.num_beams" and experiment.evaluation.strategy != "beam":
@@ -151,7 +161,9 @@ def _reason_without_training(
             return f"{command} uses the method that --prompt was trained with"
     elif field == "training.seeds" and _uses_seeds(experiment):
         return ""
-    elif group in ("optimizer", "training") or field == "model.dropout_rate":
+    elif group in ("optimizer", "training") or (
+        field in _OF_TRAINING and not (method.composes_inputs and field in _OF_EXAMPLES)
+    ):
         return f"{command} does not train"
     elif command == "predict" and field in ("data.metrics", "evaluation.best_by"):
         return "predict computes no scores"

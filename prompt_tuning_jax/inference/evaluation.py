@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prompt_tuning_jax.checkpoints.prompt_file import shared_labels, tasks_of
+from prompt_tuning_jax.checkpoints.prompt_file import generates_text, shared_labels, tasks_of
 from prompt_tuning_jax.config.experiment import Experiment
 from prompt_tuning_jax.config.validation import validate
 from prompt_tuning_jax.data.batching import task_data
@@ -156,6 +156,9 @@ def _with_labels(experiment: Experiment, loaded: LoadedPrompts) -> Experiment:
             )
     if labels:
         data = dataclasses.replace(data, labels=labels)
+    elif known and all(map(generates_text, known.values())) and data.targets == "auto":
+        train = data.train if Path(data.train).exists() or not data.eval else ""
+        data = dataclasses.replace(data, targets="text", train=train)
     elif data.train and data.eval and not Path(data.train).exists():
         # Without the training file the labels are unknown, and a later error asks for them.
         data = dataclasses.replace(data, train="")
@@ -171,7 +174,8 @@ def _other_wordings(experiment: Experiment, loaded: LoadedPrompts) -> Iterator[s
         if one.normalize_length and not experiment.evaluation.normalize_length:
             yield (
                 f"note: the run of {name} ranked labels by the mean log-probability of their "
-                "tokens; --set evaluation.normalize_length=true does so"
+                "tokens; --set evaluation.strategy=rank --set evaluation.normalize_length=true "
+                "does so"
             )
     if not (data.train or data.eval) or data.objectives:
         return

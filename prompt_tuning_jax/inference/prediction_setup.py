@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from prompt_tuning_jax.checkpoints.prompt_file import (
     PromptMetadata,
     for_task,
+    generates_text,
     listed,
     shared_labels,
     tasks_of,
@@ -80,7 +81,8 @@ def resolve(
         evaluation = dataclasses.replace(experiment.evaluation, normalize_length=True)
         experiment = dataclasses.replace(experiment, evaluation=evaluation)
     strategy = experiment.evaluation.strategy
-    if not candidates and strategy in ("rank", "auto") and not chosen:
+    is_text = bool(known) and all(map(generates_text, known.values())) and not task
+    if not candidates and strategy in ("rank", "auto") and not chosen and not is_text:
         candidates = _labels_of(data)
     if not candidates and strategy == "rank":
         raise UserError("no labels are known to rank; give them with labels (data.labels=a,b)")

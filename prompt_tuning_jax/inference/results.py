@@ -166,9 +166,14 @@ def records_text(records: Sequence[Mapping[str, Any]], form: Form) -> str:
     table = [header, *([_cell(record.get(name)) for name in header] for record in records)]
     if form == "tsv":  # TSV has no quoting, so tabs and line breaks become spaces
         return "".join("\t".join(_BREAKS.sub(" ", cell) for cell in line) + "\n" for line in table)
+    return "".join(map(_csv_line, table))
+
+
+def _csv_line(cells: Sequence[str]) -> str:
+    # With \r\n as the end of lines, the writer quotes cells that have either character.
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(table)
-    return text.getvalue()
+    csv.writer(text, lineterminator="\r\n").writerow(cells)
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _cell(value: object) -> str:

@@ -55,6 +55,8 @@ class Probe:
         data = Data(
             task="" if evaluation else spec,
             module=experiment.data.module,
+            data_dir=experiment.data.data_dir,
+            cache=experiment.data.cache,
             train=train if evaluation else "",
             eval=evaluation,
             inputs_length=INPUTS_LENGTH,
@@ -66,6 +68,7 @@ class Probe:
             experiment,
             method=PromptTuning(length=PROMPT_LENGTH),
             data=data,
+            evaluation=dataclasses.replace(experiment.evaluation, best_by="", best_mode="auto"),
             optimizer=Optimizer(learning_rate=0.3, schedule="linear"),
             training=Training(steps=STEPS, batch_size=BATCH_SIZE, seeds=(0,)),
         )

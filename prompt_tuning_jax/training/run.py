@@ -169,7 +169,11 @@ def run(experiment: Experiment, prepare: Prepare, *, quiet: bool = False) -> Run
     quiet = quiet or not processes.is_primary()
     require_place(folder)
     if folder.is_dir():
-        present = require_run(folder, experiment)
+        try:
+            present = require_run(folder, experiment)
+        except UserError:
+            check_files(experiment)  # a path that leads nowhere differs from the run's
+            raise
         results = run_folder.read_results(folder)
         if present is not None and results is not None:
             same_patience = present.training.patience == experiment.training.patience

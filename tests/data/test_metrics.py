@@ -207,3 +207,10 @@ def test_f1_of_words_and_rouge():
     for name in ("f1", "rouge", "rougeL"):
         with pytest.raises(UserError, match="compares texts"):
             value(name, [1, 2], [1, 2])
+
+
+def test_two_scores_of_one_name_are_refused() -> None:
+    """The one that is not first would choose checkpoints."""
+    metrics = [get_metric("f1"), get_metric("trivia_qa")]
+    with pytest.raises(UserError, match="'trivia_qa' gives a score called 'f1', and so does one"):
+        score(metrics, ["a"], ["b"])

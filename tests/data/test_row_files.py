@@ -95,6 +95,13 @@ def test_parquet_and_arrow(tmp_path):
     assert located[2].endswith("a.parquet, row 3")
 
 
+def test_columns_of_one_name_are_refused(tmp_path):
+    table = pa.table([["a"], ["b"], ["c"]], names=["inputs", "targets", "inputs"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: 2 columns are named 'inputs'"):
+        rows_of(tmp_path / "a.parquet")
+
+
 def test_values_of_parquet_become_what_json_would_hold(tmp_path):
     table = pa.table(
         {

@@ -279,6 +279,21 @@ def test_a_selection_keeps_ids_and_texts_together(vocabulary, tmp_path):
     assert dataclasses.replace(some, inputs_length=2).num_inputs_cut == 4
 
 
+@pytest.mark.parametrize(("number", "questions"), [(1, [0]), (10, [0, 5]), (39, range(9))])
+def test_what_is_scored_together_is_selected_together(vocabulary, tmp_path, number, questions):
+    """MultiRC's exact match is over all answers to a question."""
+    rows = [{"inputs": f"answer {i}", "targets": "yes", "question": i % 10} for i in range(40)]
+
+    def grouped(text, example, is_target):
+        return {"value": text, "group": example["question"]} if is_target else {"value": text}
+
+    examples = run(make(rows, postprocess=grouped), vocabulary, tmp_path)
+    some = [row["question"] for row in examples.at_most(number).texts]
+    expected = [10 * i // len(questions) for i in range(len(questions))]
+    assert sorted(some) == sorted([*expected] * 4)
+    assert examples.at_most(40) is examples
+
+
 def test_examples_may_hold_numbers_and_bytes_that_json_does_not(vocabulary, tmp_path):
     """SeqIO's examples have NaN for a missing score, and bytes that are not UTF-8."""
     odd = b"caf\xe9".decode(errors="surrogateescape")

@@ -192,11 +192,23 @@ class TokenizedExamples:
     def at_most(self, number: int) -> "TokenizedExamples":
         """Returns at most ``number`` evenly spaced examples (files may be sorted by label).
 
-        0 means all.
+        0 means all.  Examples that are scored together, such as the answers to a question, come
+        together: the result then has whole groups, and may have fewer examples.
         """
         if not 0 < number < len(self):
             return self
-        return self.select(np.arange(number) * len(self) // number)
+        groups: dict[int | str, list[int]] = {}
+        for index, example in enumerate(self.texts if self.task.postprocess else ()):
+            group = self.task.group_of(example)
+            groups.setdefault(index if group is None else group, []).append(index)
+        if len(groups) in (0, len(self)):
+            return self.select(np.arange(number) * len(self) // number)
+        members = list(groups.values())
+        for count in range(max(1, number * len(members) // len(self)), 0, -1):
+            chosen = [members[i * len(members) // count] for i in range(count)]
+            if sum(map(len, chosen)) <= number:
+                break
+        return self.select(np.sort(np.concatenate(chosen)))
 
     def drawn(self, number: int, *, seed: int) -> "TokenizedExamples":
         """Returns at most ``number`` examples, drawn at random and kept in their order; 0: all."""

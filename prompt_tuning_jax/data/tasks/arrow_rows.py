@@ -1,6 +1,7 @@
 """Reads rows of parquet files, Arrow files, and folders written by ``datasets``."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,6 +114,9 @@ def _refusing(path: Path) -> Iterator[None]:
 def _rows(batches: Any, schema: "pa.Schema", path: Path) -> _Rows:
     import pyarrow as pa
 
+    for name, count in Counter(schema.names).items():
+        if count > 1:
+            raise UserError(f"{path}: {count} columns are named {name!r}; rename them")
     classes = _class_names(schema, path)
     # The shortest decimals that identify a float16 or float32 number.
     short = {

@@ -64,6 +64,12 @@ def score(
             continue
         value = metric.fn(targets, predictions)
         named = value if isinstance(value, Mapping) else {metric.name: value}
+        for name in named:
+            if name in scores:
+                raise UserError(
+                    f"metric {metric.name!r} gives a score called {name!r}, and so does one before "
+                    "it; drop one of them (data.metrics)"
+                )
         scores.update({name: float(number) for name, number in named.items()})
     return scores
 

@@ -190,6 +190,14 @@ class Task:
         target = self._compared(example["targets"], example, True)
         return matches(target, self._compared(prediction, example, False))
 
+    def group_of(self, example: Example) -> str | None:
+        """Returns what the examples that a metric scores together share; None for one by itself.
+
+        It is the ``group`` of a postprocessed target, as in T5's MultiRC and ReCoRD.
+        """
+        target = self._compared(example["targets"], example, True)
+        return repr(target["group"]) if isinstance(target, Mapping) and "group" in target else None
+
     def majority_scores(
         self, examples: Sequence[Example], train_targets: Sequence[str]
     ) -> dict[str, float]:

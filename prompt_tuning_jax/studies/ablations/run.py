@@ -5,7 +5,7 @@ interrupted one resumes from its last checkpoint.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,10 +160,10 @@ def _results(
         metric=", ".join(dict.fromkeys(result["metric"] for _, result in kept)),
         direction=first["direction"],
         split=first["split"],
-        task=task_title(experiment.data),
-        model=experiment.model.name_or_path,
+        task=_all(task_title(group.experiment.data) for group, _ in kept),
+        model=_all(group.experiment.model.name_or_path for group, _ in kept),
         majority=majority.pop() if len(majority) == 1 else None,
-        notes=_notes(experiment, settings),
+        notes=_notes([group.experiment for group, _ in kept], settings),
         number=number,
     )
 
@@ -180,13 +180,20 @@ def _score(member: Mapping[str, Any], settings: Settings) -> float:
     return float("nan") if value is None else float(value)
 
 
-def _notes(experiment: Experiment, settings: Settings) -> tuple[str, ...]:
-    training = experiment.training
+def _all(texts: Iterable[str]) -> str:
+    """Returns the different texts, in their order."""
+    return ", ".join(dict.fromkeys(texts))
+
+
+def _notes(experiments: Sequence[Experiment], settings: Settings) -> tuple[str, ...]:
+    trainings = [of.training for of in experiments]
+    steps = _all(f"{training.steps:,}" for training in trainings)
+    sizes = _all(str(training.batch_size) for training in trainings)
     what = "the best checkpoint of each, by this score, so it is a little optimistic"
     if settings.test is not None:
         what = "the checkpoint that was the best on the validation split"
     notes = [
-        f"{training.steps:,} steps of {training.batch_size} examples; scores are of {what}.",
+        f"{steps} steps of {sizes} examples; scores are of {what}.",
     ]
     if settings.search:
         notes.append("The first seed chose each learning rate on the validation split.")

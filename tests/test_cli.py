@@ -223,6 +223,7 @@ def test_gin_files_are_found_on_the_search_paths(commands: Commands, folder: Pat
         ("eval --prompt nothing.npy", ["--prompt nothing.npy", "no such file"]),
         ("eval --prompt a.npy", ["no config", "eval --prompt a.npy --eval_data"]),
         ("eval c.py --prompt a.npy --data F", ["--eval_data"]),
+        ("eval --prompt run --eval_data F --split train", ["--split train", "--eval_data names"]),
         ("predict hello", ["no config"]),
         ("predict --prompt run --input nothing.txt", ["nothing.txt: No such file or directory\n"]),
         ("predict --prompt run --input c.py hello", ["either TEXT or --input"]),

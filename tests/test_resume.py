@@ -73,6 +73,12 @@ def test_what_may_change_is_kept(
         require_run(tmp_path, experiment(tmp_path, BASE | before), exactly=True)
 
 
+def test_a_file_that_is_gone_is_no_other_config(tmp_path: Path) -> None:
+    claimed(tmp_path)
+    with pytest.raises(UserError, match=r"nowhere\.jsonl: no such file"):
+        train(experiment(tmp_path, BASE | {"data.train": "nowhere.jsonl"}), quiet=True)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [

@@ -472,3 +472,9 @@ def test_adapted_models_of_another_config_are_not_taken(
         adaptation.adapted_models(other, of.model, (0, 2, 4), tmp_path, quiet=True)
     with pytest.raises(UserError, match=r"model\.name_or_path"):
         adaptation.adapted_models(of, Model(name_or_path="tiny"), (0, 2), tmp_path, quiet=True)
+
+
+def test_notes_name_what_each_run_had(tmp_path: Path) -> None:
+    each = [experiment(tmp_path, {"training.steps": steps}) for steps in (1000, 20, 20)]
+    (note,) = run._notes(each, Settings())
+    assert note.startswith(f"1,000, 20 steps of {each[0].training.batch_size} examples")

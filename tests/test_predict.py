@@ -218,6 +218,16 @@ def test_the_predictions_of_a_table_are_one_column() -> None:
     assert [row["prediction"] for row in table] == ["", "old", ""]
 
 
+def test_an_object_may_have_the_column_that_a_task_names(tmp_path: Path) -> None:
+    """As for the server, which lists the task's template."""
+    prompt = write_prompt(tmp_path / "mine.safetensors", task="word_valence")
+    (found,) = predict(micro_model(), {"text": "bon"}, prompt)
+    (plain,) = predict(micro_model(), "bon", prompt)
+    assert (found.input, found.log_probs) == (plain.input, plain.log_probs)
+    with pytest.raises(UserError, match="seed is 4294967296; it must be at most 4,294,967,295"):
+        pt.generate(micro_model(), "bon", strategy="sample", seed=2**32)
+
+
 @pytest.mark.parametrize("text", ["one\rtwo", "one\ntwo", "one\r\ntwo", 'a "b", c', " x "])
 def test_cells_of_a_table_come_back(text: str, tmp_path: Path) -> None:
     rows = [{"inputs": text}, {"inputs": "next"}]

@@ -143,7 +143,7 @@ def generate(
         no_repeat_ngram_size=whole_number("no_repeat_ngram_size", no_repeat_ngram_size, at_least=0),
         max_length=max_length,
     )
-    key = jax.random.key(whole_number("seed", seed, at_least=0, at_most=2**63 - 1))
+    key = jax.random.key(whole_number("seed", seed, at_least=0, at_most=2**32 - 1))
     attached, tokens_BT, rows, _ = _ready(model, inputs, prompt)
     _check_window(attached, tokens_BT, writes=max_length, of="max_length")
     graphdef, params = param_tree.split(attached)

@@ -68,6 +68,8 @@ def _row_input(row: Mapping[str, Any], data: Data, wording: Wording, *, raw: boo
         return wording.apply(row)  # raises UserError that names the missing column
     if column in row:
         return wording.apply(value_text(row[column], column))
+    if columns and all(one in row for one in columns):
+        return wording.apply(row)
     wanted = columns[0] if columns and wording.from_text is None else column
     names = [str(name)[:40] for name in row]
     raise UserError(

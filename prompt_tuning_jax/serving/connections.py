@@ -136,8 +136,16 @@ class Connection(HttpToolsProtocol):
         super().data_received(data)
         if self.parser is None or self.transport.is_closing():
             return
+        if self._header_bytes is None and self.is_idle:
+            # A blank line begins no request, and yet it stops the timer of an idle connection.
+            self._header_bytes = 0
+            self._limit_header()
         if (self._header_bytes or 0) > self.among.limits.header_bytes:
             self._refuse(431, "the header of the request is too long")
+
+    def send_400_response(self, msg: str) -> None:
+        """Sends the error in the form of all others."""
+        self._refuse(400, "the request is not valid HTTP")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

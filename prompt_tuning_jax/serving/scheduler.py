@@ -288,7 +288,8 @@ class Scheduler:
 
     async def repair(self, error: Exception) -> None:
         """Replaces what may have been donated to a failed program."""
-        if self._engine.has_lost_slots:
+        # Asked between two programs: each takes the slots that it changes away while it runs.
+        if await self.call(lambda: self._engine.has_lost_slots):
             await self._empty_slots(error)
         else:
             await self.call(self._engine.cache.clear)

@@ -28,7 +28,7 @@ from prompt_tuning_jax.untrusted_input import json_text, read_json_file
 
 CHANGES = ".served"
 _INDEX, _LOCK = "tasks.json", ".lock"
-_UPLOAD = ".upload.tmp"
+_UPLOAD = ".upload"
 _TRIES = 5  # at reading an index that another server keeps replacing
 
 # A task in tasks.json: its labels, and its prompts' files by prompt name.
@@ -122,7 +122,9 @@ class TaskStore:
 
     def remove(self, name: str) -> None:
         put = {known: kept for known, kept in self._index["put"].items() if known != name}
-        self._write({"put": put, "removed": sorted({*self._index["removed"], name})})
+        # Of the folder's tasks alone: a file that is copied there later is not removed.
+        removed = {*self._index["removed"], name} & self._folder_tasks.keys()
+        self._write({"put": put, "removed": sorted(removed)})
         self._loaded.pop(name, None)
 
     def check_upload(
@@ -226,7 +228,9 @@ class TaskStore:
         named = {file for kept in self._index["put"].values() for file in kept["prompts"].values()}
         with suppress(OSError):
             for file in [*self._folder.iterdir()]:
-                unfinished = file.name.startswith(".") and file.suffix == ".tmp"
+                unfinished = file.name == _UPLOAD or (
+                    file.name.startswith(".") and file.suffix == ".tmp"
+                )
                 forgotten = file.suffix in PROMPT_SUFFIXES and file.name not in named
                 if unfinished or forgotten:
                     with suppress(OSError):

@@ -58,6 +58,19 @@ def test_as_plain_loops(process, ngram, penalty, min_length):
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+def test_ngrams_longer_than_a_text_repeat_nothing_and_take_no_time(process):
+    """The number of a request would otherwise be that of a loop's iterations in each step."""
+    scores = np.random.default_rng(0).normal(size=(20, V)).astype(np.float32)
+    ids = np.full((20, S), 2, np.int32)
+    for ngram in (S + 2, 2**31 - 1):
+        made = LogitsProcessors(
+            min_length=jnp.int32(0),
+            repetition_penalty=jnp.float32(1),
+            no_repeat_ngram_size=jnp.int32(ngram),
+        )
+        np.testing.assert_array_equal(process(scores, ids, S - 1, made), scores)
+
+
 def test_each_row_may_have_its_own(process):
     random = np.random.default_rng(0)
     ids = random.choice([2, 3], size=(4, S)).astype(np.int32)

@@ -361,6 +361,9 @@ def test_wrong_uploads_change_nothing(
             assert answer.status_code == 422
             assert answer.json()["error"]["field"] == field
             assert str(tmp_path) not in answer.text
+            assert "unfinished" not in answer.text
+            if content == b"PK\x03\x04":
+                assert "zip archive" in answer.text
         assert service.tasks.names() == before
 
     with_server(folder, test)

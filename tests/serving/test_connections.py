@@ -184,6 +184,24 @@ def test_an_idle_connection_is_kept_for_as_long_as_is_said() -> None:
         assert 0.8 < closed_after(one) < 8
 
 
+def test_a_blank_line_keeps_no_connection_open() -> None:
+    with (
+        server(keep_alive_seconds=1.0, header_seconds=0.5) as address,
+        connected(address, request("/a")) as one,
+    ):
+        assert answer(one).endswith(b"/a")
+        one.sendall(b"\r\n")
+        assert closed_after(one) < 5
+
+
+@pytest.mark.parametrize("sent", [b"\x00\x01\r\n\r\n", b"GET /a b c HTTP/1.1\r\n\r\n"])
+def test_what_is_not_http_gets_an_error_like_any_other(sent: bytes) -> None:
+    with server() as address, connected(address, sent) as one:
+        head, _, body = answer(one).partition(b"\r\n\r\n")
+        assert b" 400 " in head.splitlines()[0] and b"application/json" in head
+        assert json.loads(body)["error"]["message"] == "the request is not valid HTTP"
+
+
 def test_a_beginning_without_end_is_refused() -> None:
     with server(header_bytes=10_000) as address:
         with connected(address, b"GET / HTTP/1.1\r\n") as one:

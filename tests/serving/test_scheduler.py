@@ -298,6 +298,25 @@ def test_a_step_of_writing_that_fails_fails_the_row_that_made_it_fail() -> None:
     with_scheduler(test)
 
 
+def test_a_repair_beside_a_running_program_takes_no_slots_away() -> None:
+    """A program has slots in hand while it runs, which are not lost."""
+
+    async def test(scheduler: Scheduler, engine: Counting) -> None:
+        engine.loses_slots = True
+        engine.gate.clear()
+        one = job(2, 1, kind="generate")
+        scheduler.submit([one])
+        await until_begun(engine)
+        repair = asyncio.create_task(scheduler.repair(RuntimeError("another program failed")))
+        await asyncio.sleep(0.01)
+        engine.gate.set()
+        assert (await one.future).ids == [2, 2]
+        await repair
+        assert engine.decoded_together == [[2], [2]]
+
+    with_scheduler(test)
+
+
 def test_the_end_answers_what_waits() -> None:
     async def test(scheduler: Scheduler, engine: Counting) -> None:
         engine.gate.clear()

@@ -285,6 +285,23 @@ def test_servers_of_one_folder_follow_each_other(tmp_path: Path, content: bytes)
     asyncio.run(run())
 
 
+def test_a_file_that_comes_after_a_removal_is_served(tmp_path: Path, content: bytes) -> None:
+    """Only tasks of the folder stay removed."""
+
+    async def change(change: str) -> None:
+        async with running(make_service(tmp_path)) as client:
+            if change == "put":
+                await client.put("/v1/tasks/mine", content=content, headers=ADMIN)
+            answer = await client.delete("/v1/tasks/mine", headers=ADMIN)
+            assert answer.status_code == 204
+
+    asyncio.run(change("put"))
+    (tmp_path / "mine.safetensors").write_bytes(content)
+    assert make_service(tmp_path).tasks.names() == ["mine"]
+    asyncio.run(change("delete"))
+    assert make_service(tmp_path).tasks.names() == []
+
+
 def test_a_reader_whose_files_are_replaced_meanwhile_reads_again(
     tmp_path: Path, content: bytes
 ) -> None:

@@ -139,6 +139,7 @@ def _completes_ngram(history_NL: Array, position_N: Array, ngram_N: Array) -> Ar
 
     def of_row(history_L: Array, last: Array, ngram: Array) -> Array:
         places_L = jnp.arange(length)
+        ngram = jnp.where(ngram > length, 0, ngram)  # none is that long, and each step takes time
 
         def longer(back: Array, equal_L: Array) -> Array:
             """Extends the comparison by one token further back."""

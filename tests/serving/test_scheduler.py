@@ -312,7 +312,7 @@ def test_a_repair_beside_a_running_program_takes_no_slots_away() -> None:
         engine.gate.set()
         assert (await one.future).ids == [2, 2]
         await repair
-        assert engine.decoded_together == [[2], [2]]
+        assert engine.decoded_together == [[2], [2]] and engine.begun == 1
 
     with_scheduler(test)
 

@@ -323,6 +323,17 @@ def test_recorded_ids(shared: Path, request: pytest.FixtureRequest, family: str)
     assert token_ids_of(read_metadata(path), path) == words.token_ids
 
 
+def test_other_ends_of_a_gguf_file_end_texts_too(
+    tokenizers: dict[str, HfTokenizer], tmp_path: Path
+) -> None:
+    """<|endoftext|> of Qwen's ends a text as well as <|im_end|>; SmolLM2's is its unknown token."""
+    for more, ends in (({}, (0,)), ({"tokenizer.ggml.unknown_token_id": 0}, ())):
+        metadata = gpt2_metadata(tokenizers["json"].path, "qwen2", **more)
+        assert metadata["tokenizer.ggml.tokens"][0] == "<|endoftext|>"
+        words = load_vocabulary(write_gguf(tmp_path / "model.gguf", metadata))
+        assert words.token_ids.more_eos == ends
+
+
 def metadata_cases() -> dict[str, tuple[Callable[[dict[str, Any]], None], str]]:
     def put(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         return lambda metadata: metadata.update({f"tokenizer.ggml.{key}": value})

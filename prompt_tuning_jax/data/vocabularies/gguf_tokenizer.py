@@ -131,7 +131,9 @@ def token_ids_of(metadata: Metadata, path: Path) -> TokenIds:
     pad = _token_id(metadata, "padding_token_id", len(tokens), path)
     more = {_token_id(metadata, key, len(tokens), path) for key in ("eot_token_id", "eom_token_id")}
     control = {tokens[i]: i for i in np.flatnonzero(types == _CONTROL).tolist()}
-    more |= {control.get(text) for text in _ENDS}
+    # SmolLM2's unknown token is <|endoftext|>, and its texts end otherwise.
+    unknown = _token_id(metadata, "unknown_token_id", len(tokens), path)
+    more |= {control.get(text) for text in _ENDS} - {unknown}
     return TokenIds(
         pad=eos if pad is None else pad,
         eos=eos,
